@@ -1,0 +1,1 @@
+"""Checkpoints, task vectors, signed documents, errors: everything else stands on these."""

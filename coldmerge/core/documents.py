@@ -1,0 +1,259 @@
+"""Signed documents: what contributors and the coordinator put their names to.
+
+A document is a frozen pydantic model rendered as canonical JSON (sorted keys, no
+white space, ASCII, no NaN) and signed with Ed25519 (RFC 8032). Its digest is the
+sha256 of those bytes. There is one rendering, so a document that was parsed and
+rendered again must give the same bytes; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from coldmerge.core.errors import ManifestError
+
+MAX_DOCUMENT_BYTES = 8 * 2**20
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Identifier = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
+Encoding = Literal["fp32", "bf16"]
+Kind = Literal["full", "lora"]
+
+
+class Document(BaseModel):
+    """Base of all signed documents. Subclasses set `type`, which the signature covers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    schema_name: ClassVar[str]
+
+    def canonical(self) -> bytes:
+        """The one byte rendering that is hashed and signed."""
+        body = {"type": self.schema_name, **self.model_dump(mode="json")}
+        return json.dumps(
+            body, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+        ).encode("ascii")
+
+    def digest(self) -> str:
+        """sha256 of the canonical rendering, as 64 hexadecimal digits."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Self:
+        """Read canonical bytes.
+
+        Raises:
+            ManifestError: too large, not this type, breaks the schema, or not canonical.
+        """
+        if len(raw) > MAX_DOCUMENT_BYTES:
+            raise ManifestError(
+                "document.too_large",
+                f"A {cls.schema_name} document is too large.",
+                expected=f"at most {MAX_DOCUMENT_BYTES} bytes",
+                got=f"{len(raw)} bytes",
+                hint="Check that the file is a coldmerge document.",
+            )
+        try:
+            body = json.loads(raw)
+            found = body.pop("type", None) if isinstance(body, dict) else None
+            if found != cls.schema_name:
+                raise ManifestError(
+                    "document.wrong_type",
+                    "A signed document is of another type.",
+                    expected=cls.schema_name,
+                    got=found,
+                    hint="Send the document that this call asks for.",
+                )
+            document = cls.model_validate(body)
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(
+                "document.malformed",
+                f"A {cls.schema_name} document cannot be read: {_first_problem(error)}",
+                hint="Client and coordinator may differ in version; compare `coldmerge --version`.",
+            ) from error
+        if document.canonical() != raw:
+            raise ManifestError(
+                "document.not_canonical",
+                f"A {cls.schema_name} document is not in canonical form.",
+                expected="sorted keys, no white space, no duplicates",
+                got="another rendering of the same content",
+                hint="Render it with coldmerge.core.documents.",
+            )
+        return document
+
+
+def _first_problem(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return f"{place}: {first['msg']}"
+    return str(error)
+
+
+class TensorEntry(Document):
+    """One tensor: canonical name, safetensors dtype, shape, sha256 of its little-endian bytes."""
+
+    schema_name = "coldmerge.tensor/1"
+
+    name: TensorName
+    dtype: str = Field(pattern=r"^[A-Z0-9_]{1,12}$")
+    shape: tuple[Annotated[int, Field(ge=0, le=2**40)], ...] = Field(max_length=16)
+    sha256: Sha256
+    nbytes: int = Field(ge=0, le=2**48)
+
+
+class FileEntry(Document):
+    """One non-weight file of a release (config, tokenizer): relative POSIX path and content."""
+
+    schema_name = "coldmerge.file/1"
+
+    path: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}$")
+    size: int = Field(ge=0, le=2**30)
+    sha256: Sha256
+
+
+class Manifest(Document):
+    """What a contributor signs: one task vector against one exact release.
+
+    `tensors` are in the order of the payload stream (sorted by name). For `lora` each
+    target has two entries, `<name>.lora_A` and `<name>.lora_B`, and a `scaling` that
+    already folds alpha, rank and rsLoRA in: delta = scaling * B @ A. `metrics` and
+    `training` hold numbers only: there is no field that could carry an example.
+    """
+
+    schema_name = "coldmerge.manifest/1"
+
+    federation: Identifier
+    model: Identifier
+    round: Identifier
+    contributor: Identifier
+    base_digest: Sha256
+    base_number: int = Field(ge=0)
+    nonce: str = Field(pattern=r"^[0-9a-f]{32}$")
+    created_at: AwareDatetime
+    kind: Kind
+    encoding: Encoding
+    tensors: tuple[TensorEntry, ...] = Field(min_length=1, max_length=100_000)
+    scaling: dict[TensorName, float] = Field(default_factory=dict)
+    examples: int = Field(ge=1, le=10**12)
+    norm: float = Field(ge=0)
+    metrics: dict[MetricName, float] = Field(default_factory=dict, max_length=64)
+    training: dict[MetricName, float] = Field(default_factory=dict, max_length=64)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of the payload stream: the tensors' bytes, end to end, in `tensors` order."""
+        return sum(entry.nbytes for entry in self.tensors)
+
+
+class Receipt(Document):
+    """The coordinator's signed word that a contribution is durable and counted."""
+
+    schema_name = "coldmerge.receipt/1"
+
+    federation: Identifier
+    model: Identifier
+    round: Identifier
+    contributor: Identifier
+    contribution: Identifier
+    manifest_digest: Sha256
+    payload_bytes: int
+    accepted_at: AwareDatetime
+
+
+class Scores(Document):
+    """Scores in [0, 1] on one evaluator's validation data."""
+
+    schema_name = "coldmerge.scores/1"
+
+    accuracy: float = Field(ge=0, le=1)
+    macro_f1: float = Field(ge=0, le=1)
+
+
+class Evaluation(Document):
+    """A contributor's paired comparison of a candidate with its base (McNemar's counts).
+
+    `gained`: items only the candidate got right; `lost`: items only the base got right.
+    """
+
+    schema_name = "coldmerge.evaluation/1"
+
+    federation: Identifier
+    model: Identifier
+    round: Identifier
+    contributor: Identifier
+    base_digest: Sha256
+    candidate_digest: Sha256
+    n: int = Field(ge=1, le=10**12)
+    base: Scores
+    candidate: Scores
+    gained: int = Field(ge=0)
+    lost: int = Field(ge=0)
+    probe_seed: int = Field(ge=0)
+    created_at: AwareDatetime
+
+
+class ReleaseRecord(Document):
+    """The coordinator's signed statement of what a release is and where it came from.
+
+    `content_digest` names the bytes (see `coldmerge.core.digests`); `master_digest` the
+    fp32 master behind them. `previous_record` chains the records of one model.
+    """
+
+    schema_name = "coldmerge.release/1"
+
+    federation: Identifier
+    model: Identifier
+    number: int = Field(ge=0)
+    content_digest: Sha256
+    master_digest: Sha256
+    previous_record: Sha256 | None
+    parents: tuple[Sha256, ...]
+    round: Identifier | None
+    recipe: dict[str, str | int | float | bool | None]
+    contributions: tuple[Sha256, ...]
+    flags: tuple[str, ...] = ()
+    created_at: AwareDatetime
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Canonical document bytes and the Ed25519 signature over them."""
+
+    document: bytes
+    signature: bytes
+
+
+D = TypeVar("D", bound=Document)
+
+
+def sign(document: Document, key: Ed25519PrivateKey) -> Signed:
+    """Sign the canonical bytes of `document`."""
+    raw = document.canonical()
+    return Signed(raw, key.sign(raw))
+
+
+def verify(signed: Signed, kind: type[D], key: Ed25519PublicKey) -> D:
+    """Check the signature, then parse.
+
+    Raises:
+        ManifestError: the signature is not by `key`, or the document is malformed.
+    """
+    try:
+        key.verify(signed.signature, signed.document)
+    except InvalidSignature as error:
+        raise ManifestError(
+            "document.bad_signature",
+            f"The signature on a {kind.schema_name} document does not match its bytes and key.",
+            hint="The document was changed on the way or signed with another identity key.",
+        ) from error
+    return kind.parse(signed.document)
