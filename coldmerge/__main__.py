@@ -1,0 +1,5 @@
+"""`python -m coldmerge` is `coldmerge`."""
+
+from coldmerge.cli.app import main
+
+main()

@@ -1,0 +1,61 @@
+"""The root command, and how every error becomes a sentence and an exit status."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from coldmerge.cli import (
+    contributions,
+    contributor,
+    coordinator,
+    demo,
+    models,
+    people,
+    releases,
+    rounds,
+)
+from coldmerge.cli.output import Format, fail, out
+from coldmerge.core.errors import ColdmergeError
+
+app = typer.Typer(
+    name="coldmerge",
+    help="Organizations improve one shared model together without ever sharing data.",
+    epilog="Start with: coldmerge demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for group in (coordinator, models, people, rounds, releases, contributor, contributions, demo):
+    group.register(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from coldmerge import __version__
+
+        out.print(f"coldmerge {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Organizations improve one shared model together without ever sharing data."""
+
+
+def main() -> None:
+    """Run the command line; exit with the status of the error's class (docs/errors.md)."""
+    try:
+        app()
+    except ColdmergeError as error:
+        asked_json = "--format=json" in sys.argv or any(
+            (a, b) == ("--format", "json") for a, b in zip(sys.argv, sys.argv[1:], strict=False)
+        )
+        sys.exit(fail(error, Format.JSON if asked_json else Format.TABLE))

@@ -1,0 +1,160 @@
+"""What commands print: tables and progress for people, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from coldmerge.core.errors import ColdmergeError
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with (done, total); both grow or stay."""
+
+
+class Format(StrEnum):
+    """How a command answers."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="`table` for people, `json` for scripts.")
+]
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+def print_json(value: object) -> None:
+    """One JSON value on standard output; times are RFC 3339."""
+    sys.stdout.write(json.dumps(value, indent=2, default=_jsonable) + "\n")
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value)
+
+
+def print_rows(rows: Sequence[Mapping[str, object]], fmt: Format, *, empty: str) -> None:
+    """A table (or a JSON array) with one line per row; `empty` is said when there is none."""
+    if fmt is Format.JSON:
+        print_json(list(rows))
+        return
+    if not rows:
+        out.print(empty)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    out.print(table)
+
+
+def print_record(record: Mapping[str, object], fmt: Format) -> None:
+    """One thing, a line per field."""
+    if fmt is Format.JSON:
+        print_json(dict(record))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in record.items():
+        table.add_row(key.replace("_", " "), _cell(value))
+    out.print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S} UTC"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value) or "–"
+    return str(value)
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes as people read it, in powers of 1000."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+@contextmanager
+def transfer(label: str, fmt: Format = Format.TABLE) -> Iterator[ProgressCallback]:
+    """A progress bar in bytes with speed and time left, on standard error."""
+    columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with _progress(label, fmt, *columns) as advance:
+        yield advance
+
+
+@contextmanager
+def steps(label: str, fmt: Format = Format.TABLE) -> Iterator[ProgressCallback]:
+    """A progress bar in whole steps, on standard error."""
+    with _progress(label, fmt, MofNCompleteColumn(), TimeRemainingColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _progress(label: str, fmt: Format, *columns: object) -> Iterator[ProgressCallback]:
+    shown = fmt is Format.TABLE and err.is_terminal
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,  # type: ignore[arg-type]
+        console=err,
+        disable=not shown,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(label, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+def fail(error: ColdmergeError, fmt: Format) -> int:
+    """Say what went wrong (JSON on standard output if asked) and return the exit status."""
+    if fmt is Format.JSON:
+        print_json({"error": error.as_dict()})
+    err.print(f"[bold red]error:[/bold red] {error.message} [dim]\\[{error.code}][/dim]")
+    for key, value in error.ids.items():
+        err.print(f"  {key}: {value}", markup=False, highlight=False)
+    if error.expected is not None:
+        err.print(f"  expected: {error.expected}", markup=False, highlight=False)
+    if error.got is not None:
+        err.print(f"  got: {error.got}", markup=False, highlight=False)
+    err.print(f"  [bold]hint:[/bold] {error.hint}", highlight=False)
+    return error.exit_status
