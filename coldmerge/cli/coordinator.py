@@ -1,0 +1,76 @@
+"""`coldmerge coordinator`: make a coordinator's folder, and run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coldmerge.cli.output import Format, FormatOption, err, out, print_record
+
+group = typer.Typer(
+    help="Make and run a coordinator.", no_args_is_help=True, rich_markup_mode="markdown"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the root command."""
+    app.add_typer(group, name="coordinator")
+
+
+@group.command(epilog="Example: coldmerge coordinator init ./hub --host merge.example.org")
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder to create.")],
+    federation: Annotated[
+        str | None, typer.Option(help="Name of the federation. Default: the folder's name.")
+    ] = None,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name contributors reach this machine by; may be repeated."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="mTLS port; 0: any free one.")] = 7443,
+    enrol_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Enrolment port; 0: any free one.")
+    ] = 7444,
+    listen: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for the world.")
+    ] = "127.0.0.1",
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Make keys, certificates, configuration and an empty database in DIR."""
+    from coldmerge_coordinator.setup import init as make
+
+    made = make(
+        folder,
+        federation=federation,
+        hosts=tuple(host or ("localhost",)),
+        listen=f"{listen}:{port}",
+        enrol_listen=f"{listen}:{enrol_port}",
+    )
+    print_record(
+        {
+            "folder": str(folder),
+            "federation": made.federation,
+            "fingerprint": made.fingerprint,
+            "offline_key": str(made.offline_key),
+        },
+        fmt,
+    )
+    if fmt is Format.TABLE:
+        err.print(
+            "The root key is needed only to replace the intermediate certificate: move "
+            f"{made.offline_key.parent} to a disk that stays offline.",
+            highlight=False,
+        )
+        out.print(f"Next: coldmerge coordinator serve {folder}", highlight=False)
+
+
+@group.command(epilog="Example: coldmerge coordinator serve ./hub")
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made by `coordinator init`.")],
+) -> None:
+    """Run API, driver and merge worker until SIGTERM or Ctrl-C."""
+    from coldmerge_coordinator.serve import serve as run
+
+    run(folder)

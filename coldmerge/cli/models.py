@@ -1,0 +1,102 @@
+"""`coldmerge model`: what the federation improves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coldmerge.cli.local import DEFAULT_DIR, DirOption, coordinator_folder, local
+from coldmerge.cli.output import Format, FormatOption, err, out, print_record, print_rows, transfer
+
+group = typer.Typer(
+    help="Add and list models.", no_args_is_help=True, rich_markup_mode="markdown"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the root command."""
+    app.add_typer(group, name="model", rich_help_panel="Coordinator")
+
+
+@group.command(
+    epilog="Example: coldmerge model add triage --from ./bert --private 'classifier.*' --dir ./hub"
+)
+def add(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    source: Annotated[
+        Path, typer.Option("--from", help="A Hugging Face folder with safetensors.")
+    ],
+    private: Annotated[
+        list[str] | None,
+        typer.Option(help="Tensors that never leave a contributor, such as 'classifier.*'."),
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="YAML of the rounds this model is improved by.")
+    ] = None,
+    folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Import a pretrained model as release 0. The coordinator may be running."""
+    from coldmerge.rounds.policy import RoundTemplate, load_yaml
+    from coldmerge_coordinator.importing import add_model
+    from coldmerge_coordinator.store import Store
+
+    rules = load_yaml(template, RoundTemplate) if template else RoundTemplate()
+    store = Store.open(coordinator_folder(folder))
+    with transfer(f"importing {name}", fmt) as progress:
+        release = add_model(
+            store, name, source, private=tuple(private or ()), template=rules, progress=progress
+        )
+    for warning in release.warnings:
+        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    print_record(
+        {
+            "model": name,
+            "release": 0,
+            "digest": release.content_digest,
+            "tensors": release.tensors,
+            "bytes": release.nbytes,
+        },
+        fmt,
+    )
+    if fmt is Format.TABLE:
+        out.print(f"Next: coldmerge invite ORG --dir {folder}", highlight=False)
+
+
+@group.command(
+    "template", epilog="Example: coldmerge model template triage rounds.yaml --dir ./hub"
+)
+def set_template(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    file: Annotated[Path, typer.Argument(help="A round template in YAML (docs/rounds.md).")],
+    folder: DirOption = DEFAULT_DIR,
+) -> None:
+    """Replace the rules the model's next rounds open with, its schedule included."""
+    from coldmerge.rounds.policy import RoundTemplate, load_yaml
+    from coldmerge_coordinator.importing import set_template as replace
+    from coldmerge_coordinator.store import Store
+
+    replace(Store.open(coordinator_folder(folder)), name, load_yaml(file, RoundTemplate))
+    out.print(f"{name} now opens rounds by {file}.", highlight=False)
+
+
+@group.command("list", epilog="Example: coldmerge model list --dir ./hub --format json")
+def list_models(folder: DirOption = DEFAULT_DIR, fmt: FormatOption = Format.TABLE) -> None:
+    """List models with their latest release."""
+    from coldmerge.wire.calls import call
+    from coldmerge.wire.v1 import models_pb2
+
+    with local(folder) as coordinator:
+        found = call(coordinator.models.ListModels, models_pb2.ListModelsRequest())
+    rows = [
+        {
+            "model": model.name,
+            "release": model.latest_number,
+            "digest": model.latest_digest,
+            "private": list(model.private_patterns),
+        }
+        for model in found.models
+    ]
+    print_rows(rows, fmt, empty="No model yet. Next: coldmerge model add NAME --from HF_FOLDER")

@@ -1,0 +1,125 @@
+"""`coldmerge invite`, `contributors`, `revoke`: who takes part."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from coldmerge.cli.local import DEFAULT_DIR, DirOption, local
+from coldmerge.cli.output import Format, FormatOption, err, out, print_json, print_rows
+
+
+class Role(StrEnum):
+    """What an organization may do."""
+
+    CONTRIBUTOR = "contributor"
+    EVALUATOR = "evaluator"
+    AUDITOR = "auditor"
+    ADMIN = "admin"
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the root command."""
+    app.command(
+        epilog="Example: coldmerge invite st-mary-hospital --ttl 48h --dir ./hub",
+        rich_help_panel="Coordinator",
+    )(invite)
+    app.command(
+        epilog="Example: coldmerge contributors --dir ./hub", rich_help_panel="Coordinator"
+    )(contributors)
+    app.command(
+        epilog="Example: coldmerge revoke st-mary-hospital --machine gpu-2 --dir ./hub",
+        rich_help_panel="Coordinator",
+    )(revoke)
+
+
+def invite(
+    contributor: Annotated[str, typer.Argument(metavar="ORG", help="Name of the organization.")],
+    role: Annotated[Role, typer.Option(help="What it may do.")] = Role.CONTRIBUTOR,
+    ttl: Annotated[str, typer.Option(help="How long the invitation holds: 90s, 10m, 24h.")] = "24h",
+    folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Make a one-time invitation. An organization may be invited once per machine."""
+    from coldmerge.rounds.policy import parse_duration
+    from coldmerge.wire.calls import call
+    from coldmerge.wire.v1 import admin_pb2
+
+    request = admin_pb2.InviteRequest(contributor=contributor, role=role.value)
+    request.ttl.FromTimedelta(parse_duration(ttl))
+    with local(folder) as coordinator:
+        made = call(coordinator.admin.Invite, request)
+    if fmt is Format.JSON:
+        print_json(
+            {
+                "contributor": contributor,
+                "role": role.value,
+                "invitation": made.invitation,
+                "fingerprint": made.fingerprint,
+                "expires_at": made.expires_at.ToJsonString(),
+            }
+        )
+        return
+    err.print(
+        f"An invitation for {contributor} ({role.value}), good for one machine until "
+        f"{made.expires_at.ToJsonString()}. Send the first line, and tell the fingerprint by "
+        "another channel (telephone, in person):",
+        highlight=False,
+    )
+    out.print(made.invitation, highlight=False)
+    out.print(f"fingerprint {made.fingerprint}", highlight=False)
+    err.print(
+        f"They type: coldmerge join {made.invitation[:24]}… --fingerprint {made.fingerprint}",
+        highlight=False,
+    )
+
+
+def contributors(folder: DirOption = DEFAULT_DIR, fmt: FormatOption = Format.TABLE) -> None:
+    """List organizations with their machines: last seen, client version, contributions."""
+    from coldmerge.wire.calls import call
+    from coldmerge.wire.v1 import admin_pb2
+
+    with local(folder) as coordinator:
+        found = call(coordinator.admin.ListContributors, admin_pb2.ListContributorsRequest())
+    rows = []
+    for organization in found.contributors:
+        for machine in organization.machines or [admin_pb2.Machine()]:
+            rows.append(
+                {
+                    "contributor": organization.name,
+                    "role": organization.role,
+                    "machine": machine.name,
+                    "last_seen": _when(machine, "last_seen_at"),
+                    "client": machine.client_version,
+                    "contributions": organization.contributions,
+                    "revoked": organization.revoked or machine.revoked,
+                }
+            )
+    print_rows(rows, fmt, empty="Nobody is invited yet. Next: coldmerge invite ORG")
+
+
+def _when(message: object, field: str) -> object:
+    if not message.HasField(field):  # type: ignore[attr-defined]
+        return None
+    return getattr(message, field).ToJsonString()
+
+
+def revoke(
+    contributor: Annotated[str, typer.Argument(metavar="ORG", help="Name of the organization.")],
+    machine: Annotated[str, typer.Option(help="Only this machine of it.")] = "",
+    reason: Annotated[str, typer.Option(help="Why; kept with the entry.")] = "",
+    folder: DirOption = DEFAULT_DIR,
+) -> None:
+    """Shut an organization, or one machine, out. Effective on its next call."""
+    from coldmerge.wire.calls import call
+    from coldmerge.wire.v1 import admin_pb2
+
+    with local(folder) as coordinator:
+        call(
+            coordinator.admin.Revoke,
+            admin_pb2.RevokeRequest(contributor=contributor, machine=machine, reason=reason),
+        )
+    what = f"{contributor}/{machine}" if machine else contributor
+    out.print(f"{what} is revoked.", highlight=False)

@@ -1,0 +1,214 @@
+"""`coldmerge round`: open, follow, and steer rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coldmerge.cli.local import DEFAULT_DIR, DirOption, local
+from coldmerge.cli.output import Format, FormatOption, out, print_json, print_record, print_rows
+
+group = typer.Typer(
+    help="Open, follow and steer rounds.", no_args_is_help=True, rich_markup_mode="markdown"
+)
+RoundArgument = Annotated[str, typer.Argument(metavar="ROUND", help="Id of the round.")]
+ReasonOption = Annotated[str, typer.Option(help="Why; kept with the round.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the root command."""
+    app.add_typer(group, name="round", rich_help_panel="Coordinator")
+
+
+def round_row(message: Any) -> dict[str, object]:
+    """A Round message as the columns that tables and JSON show."""
+    from coldmerge.wire.v1 import common_pb2
+
+    def when(field: str) -> str | None:
+        return getattr(message, field).ToJsonString() if message.HasField(field) else None
+
+    return {
+        "round": message.id,
+        "model": message.model,
+        "state": common_pb2.Round.State.Name(message.state),
+        "base": message.base_number,
+        "contributions": f"{message.contributions}/{message.min_contributions}",
+        "evaluations": f"{message.evaluations}/{message.min_evaluators}",
+        "opened_at": when("opened_at"),
+        "closes_at": when("closes_at"),
+        "held": message.held,
+        "release": message.release_number if message.state == common_pb2.Round.PUBLISHED else None,
+        "reason": message.reason,
+    }
+
+
+@group.command("open", epilog="Example: coldmerge round open triage --min 2 --dir ./hub")
+def open_round(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    policy: Annotated[
+        Path | None, typer.Option(help="A round policy in YAML. Default: the model's template.")
+    ] = None,
+    minimum: Annotated[
+        int | None, typer.Option("--min", min=1, help="Contributions needed to merge.")
+    ] = None,
+    maximum: Annotated[
+        int | None, typer.Option("--max", min=1, help="Seal as soon as this many are in.")
+    ] = None,
+    duration: Annotated[
+        str | None,
+        typer.Option(help="Close after this long: 10m, 24h. Without it: as soon as --min are in."),
+    ] = None,
+    folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Open a round on the latest release."""
+    from coldmerge.rounds.policy import RoundPolicy, load_yaml
+    from coldmerge.wire.calls import call
+    from coldmerge.wire.v1 import admin_pb2
+    from coldmerge_coordinator.importing import template_of
+    from coldmerge_coordinator.store import Store
+
+    rules = load_yaml(policy, RoundPolicy) if policy else template_of(Store.open(folder), model)
+    changes = {
+        "min_contributions": minimum,
+        "max_contributions": maximum,
+        "duration": duration,
+    }
+    rules = rules.replace(**{key: value for key, value in changes.items() if value is not None})
+    with local(folder) as coordinator:
+        opened = call(
+            coordinator.admin.OpenRound,
+            admin_pb2.OpenRoundRequest(model=model, policy_json=rules.model_dump_json()),
+        )
+    if fmt is Format.TABLE and rules.min_contributions < 3:
+        out.print(
+            f"[yellow]note:[/yellow] a round of {rules.min_contributions} lets a contributor "
+            "compute the others' task vector from the release; 3 or more hide it in a sum.",
+            highlight=False,
+        )
+    print_record(round_row(opened), fmt)
+
+
+@group.command("list", epilog="Example: coldmerge round list triage --dir ./hub")
+def list_rounds(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    limit: Annotated[int, typer.Option(min=1, help="At most this many, newest first.")] = 20,
+    folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """List a model's rounds, newest first."""
+    from coldmerge.wire.calls import call
+    from coldmerge.wire.v1 import rounds_pb2
+
+    with local(folder) as coordinator:
+        found = call(
+            coordinator.rounds.List, rounds_pb2.ListRoundsRequest(model=model, limit=limit)
+        )
+    rows = [round_row(message) for message in found.rounds]
+    print_rows(rows, fmt, empty=f"No round yet. Next: coldmerge round open {model}")
+
+
+@group.command(epilog="Example: coldmerge round show round-1f0c --dir ./hub --format json")
+def show(
+    identifier: RoundArgument, folder: DirOption = DEFAULT_DIR, fmt: FormatOption = Format.TABLE
+) -> None:
+    """Show a round: its policy, and what it admitted from whom, how large, with which norm."""
+    import json
+
+    from coldmerge.wire.calls import call
+    from coldmerge.wire.v1 import admin_pb2, rounds_pb2
+
+    with local(folder) as coordinator:
+        message = call(coordinator.rounds.Get, rounds_pb2.GetRoundRequest(id=identifier))
+        admitted = call(
+            coordinator.admin.ListRoundContributions, admin_pb2.RoundAction(round=identifier)
+        )
+    contributions = [
+        {
+            "contributor": item.contributor,
+            "state": item.state,
+            "bytes": item.payload_bytes,
+            "norm": item.norm,
+            "examples": item.examples,
+            "accepted_at": item.accepted_at.ToJsonString(),
+            "manifest": item.manifest_digest,
+        }
+        for item in admitted.contributions
+    ]
+    policy = json.loads(message.policy_json)
+    if fmt is Format.JSON:
+        row = round_row(message)
+        print_json({**row, "policy": policy, "admitted": contributions})
+        return
+    print_record(round_row(message), fmt)
+    out.print("\n[bold]policy[/bold]", json.dumps(policy), highlight=False)
+    print_rows(contributions, fmt, empty="Nothing admitted yet.")
+
+
+def _act(method: str, request: Any, folder: Path, fmt: Format) -> None:
+    from coldmerge.wire.calls import call
+
+    with local(folder) as coordinator:
+        message = call(getattr(coordinator.admin, method), request)
+    print_record(round_row(message), fmt)
+
+
+@group.command(epilog="Example: coldmerge round seal round-1f0c --dir ./hub")
+def seal(
+    identifier: RoundArgument,
+    reason: ReasonOption = "",
+    folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Close admissions now and merge what is there."""
+    from coldmerge.wire.v1 import admin_pb2
+
+    _act("SealRound", admin_pb2.RoundAction(round=identifier, reason=reason), folder, fmt)
+
+
+@group.command(epilog="Example: coldmerge round abandon round-1f0c --reason 'wrong base'")
+def abandon(
+    identifier: RoundArgument,
+    reason: ReasonOption = "",
+    folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """End a round without a release."""
+    from coldmerge.wire.v1 import admin_pb2
+
+    _act("AbandonRound", admin_pb2.RoundAction(round=identifier, reason=reason), folder, fmt)
+
+
+@group.command(epilog="Example: coldmerge round extend round-1f0c --by 2h --dir ./hub")
+def extend(
+    identifier: RoundArgument,
+    by: Annotated[str, typer.Option(help="How much longer: 30m, 2h, 1d.")],
+    folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Move the deadline the round is waiting for: admission, or evaluation."""
+    from coldmerge.rounds.policy import parse_duration
+    from coldmerge.wire.v1 import admin_pb2
+
+    request = admin_pb2.ExtendRoundRequest(round=identifier)
+    request.by.FromTimedelta(parse_duration(by))
+    _act("ExtendRound", request, folder, fmt)
+
+
+@group.command(epilog="Example: coldmerge round resolve round-1f0c --reject --reason 'one ward'")
+def resolve(
+    identifier: RoundArgument,
+    publish: Annotated[
+        bool, typer.Option("--publish/--reject", help="What becomes of the candidate.")
+    ],
+    reason: ReasonOption = "",
+    folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Decide a candidate the gate holds, because too few evaluated it in time."""
+    from coldmerge.wire.v1 import admin_pb2
+
+    request = admin_pb2.ResolveRoundRequest(round=identifier, publish=publish, reason=reason)
+    _act("ResolveRound", request, folder, fmt)
