@@ -1,0 +1,213 @@
+"""Round policies: how many must contribute, until when, how it merges, what the gate asks.
+
+A policy is frozen into the round when it opens. A template is a policy plus a schedule;
+it belongs to the model and is what `round open` and the scheduler start from.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from coldmerge.core.errors import ConfigError
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(?:[1-9][0-9]{0,8}[smhd])+")
+_CRON = re.compile(r"\S+(?: +\S+){4,5}")
+_HINT = 'Write a number and a unit, such as "90s", "10m", "24h" or "7d".'
+
+
+def parse_duration(text: str) -> timedelta:
+    """Read `90s`, `10m`, `24h`, `7d`, or a sum such as `1h30m`.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if not _DURATION.fullmatch(text):
+        raise ConfigError(
+            "policy.bad_duration",
+            f"A duration cannot be read: {text!r}.",
+            expected="a number and one of s, m, h, d",
+            got=text,
+            hint=_HINT,
+        )
+    parts = re.findall(r"([0-9]+)([smhd])", text)
+    return timedelta(seconds=sum(int(number) * _UNITS[unit] for number, unit in parts))
+
+
+def format_duration(duration: timedelta) -> str:
+    """The shortest text that `parse_duration` reads back as `duration` (whole seconds)."""
+    seconds = round(duration.total_seconds())
+    text = ""
+    for unit in ("d", "h", "m", "s"):
+        number, seconds = divmod(seconds, _UNITS[unit])
+        text += f"{number}{unit}" if number else ""
+    return text or "0s"
+
+
+def _duration_in(value: object) -> object:
+    if isinstance(value, timedelta):
+        return value
+    if not isinstance(value, str) or not _DURATION.fullmatch(value):
+        raise ValueError(f"{value!r} is not a duration. {_HINT}")
+    return parse_duration(value)
+
+
+Duration = Annotated[
+    timedelta,
+    BeforeValidator(_duration_in),
+    PlainSerializer(format_duration, return_type=str),
+    Field(ge=timedelta(seconds=1), le=timedelta(days=3650)),
+]
+"""A `timedelta` that YAML and JSON write as `24h`."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class GatePolicy(_Frozen):
+    """What evaluations must show before a candidate becomes a release.
+
+    Gains are in points (0 to 100) of `metric`, candidate minus base, each evaluator
+    counting once. A loss beyond `max_loss` is a veto: more than `max_vetoes` of them
+    reject. Up to that many, if they are a minority of the reports, are set aside, so
+    that one liar holds no veto. The mean gain of the others must reach `min_mean_gain`.
+    """
+
+    min_evaluators: int = Field(default=1, ge=1, le=10_000)
+    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+    min_mean_gain: float = Field(default=0.0, ge=-100, le=100)
+    max_loss: float = Field(default=2.0, ge=0, le=100)
+    max_vetoes: int = Field(default=1, ge=0, le=10_000)
+    window: Duration = timedelta(hours=1)
+    on_timeout: Literal["hold", "reject", "publish_flagged"] = "hold"
+
+
+class MergePolicy(_Frozen):
+    """How the contributions become one task vector."""
+
+    method: str = Field(default="mean", pattern=r"^[a-z][a-z0-9_]{0,31}$")
+    weights: Literal["uniform", "examples"] = "uniform"
+
+
+class RoundPolicy(_Frozen):
+    """The rules of one round.
+
+    Without `duration` the round seals as soon as `min_contributions` are in (or
+    `max_contributions`, when given). With it, it seals at the deadline, or earlier when
+    `max_contributions` is reached; too few at the deadline is a missed quorum.
+    """
+
+    min_contributions: int = Field(default=3, ge=1, le=10_000)
+    max_contributions: int | None = Field(default=None, ge=1, le=10_000)
+    duration: Duration | None = None
+    on_quorum_missed: Literal["abandon", "extend"] = "abandon"
+    second_contribution: Literal["replace", "refuse"] = "replace"
+    merge: MergePolicy = MergePolicy()
+    gate: GatePolicy | None = GatePolicy()
+    webhook: str | None = Field(default=None, pattern=r"^https?://\S+$", max_length=2000)
+    mode: Literal["screened"] = "screened"
+
+    @model_validator(mode="after")
+    def _max_not_below_min(self) -> Self:
+        if self.max_contributions is not None and self.max_contributions < self.min_contributions:
+            raise ValueError("max_contributions is below min_contributions")
+        return self
+
+    @property
+    def seals_at(self) -> int | None:
+        """How many contributions close the round at once; None: only the deadline does."""
+        if self.max_contributions is None and self.duration is None:
+            return self.min_contributions
+        return self.max_contributions
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values that `model_validate` reads back."""
+        return self.model_dump(mode="json")
+
+
+class Schedule(_Frozen):
+    """When the next round opens by itself: five cron fields, read in a named time zone."""
+
+    cron: str = Field(max_length=120)
+    timezone: str = "UTC"
+
+    @field_validator("cron")
+    @classmethod
+    def _fields(cls, value: str) -> str:
+        if not _CRON.fullmatch(value.strip()):
+            raise ValueError(f"{value!r} is not a cron line; an example: 0 2 * * 1-5")
+        return value.strip()
+
+    @field_validator("timezone")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (OSError, ValueError) as error:  # ZoneInfoNotFoundError is a KeyError
+            raise ValueError(f"{value!r} is not a time zone") from error
+        except KeyError as error:
+            raise ValueError(f"{value!r} is not a time zone; an example: Europe/Paris") from error
+        return value
+
+
+class RoundTemplate(RoundPolicy):
+    """A model's standing round policy, with the schedule that opens rounds by itself."""
+
+    schedule: Schedule | None = None
+
+    def policy(self) -> RoundPolicy:
+        """The policy of one round opened from this template."""
+        return RoundPolicy.model_validate(self.model_dump(mode="json", exclude={"schedule"}))
+
+
+def parse_template(values: object, source: str) -> RoundTemplate:
+    """Check values read from `source` (a file name, for the message).
+
+    Raises:
+        ConfigError: `policy.invalid`, naming the first wrong key.
+    """
+    try:
+        return RoundTemplate.model_validate({} if values is None else values)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise ConfigError(
+            "policy.invalid",
+            f"The round policy {source} is wrong at {key}: {first['msg'].removesuffix('.')}.",
+            hint="docs/rounds.md lists every key with its default.",
+            key=key,
+        ) from error
+
+
+def load_yaml(path: Path) -> RoundTemplate:
+    """Read a round template, or a policy, from a YAML file.
+
+    Raises:
+        ConfigError: unreadable file, bad YAML, or a wrong key.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "policy.unreadable",
+            f"The round policy {path} cannot be read: {error}",
+            hint="Check the path, and the file's indentation.",
+        ) from error
+    return parse_template(values, str(path))
