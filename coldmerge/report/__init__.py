@@ -1,0 +1,1 @@
+"""Pictures, the demo's page, and the model card of a release."""
