@@ -1,0 +1,1 @@
+"""The wire: channels, calls, errors and the generated `coldmerge.v1` stubs."""

@@ -1,0 +1,102 @@
+"""Invitations: everything a new machine needs, in one string that is handed over whole."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from typing import Annotated, Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coldmerge.core.documents import Identifier
+from coldmerge.core.errors import ConfigError, IntegrityError
+
+PREFIX = "coldmerge-invite:"
+
+Address = Annotated[str, Field(pattern=r"^\S{1,255}:\d{1,5}$")]
+
+
+class Invitation(BaseModel):
+    """A one-time invitation. The token is a secret; the rest is public.
+
+    `address` is the mTLS port, `enrol` the one with server TLS only, `root` the
+    federation's root certificate in PEM.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    v: Literal[1] = 1
+    federation: Identifier
+    address: Address
+    enrol: Address
+    token: str = Field(pattern=r"^[A-Za-z0-9_-]{43}$")
+    root: str
+
+    def render(self) -> str:
+        """The string to hand over."""
+        raw = self.model_dump_json().encode("ascii")
+        return PREFIX + base64.urlsafe_b64encode(raw).decode("ascii").rstrip("=")
+
+    @classmethod
+    def parse(cls, text: str) -> Invitation:
+        """Read an invitation; white space from line wrapping is ignored.
+
+        Raises:
+            ConfigError: it is not an invitation, or was cut short.
+        """
+        compact = "".join(text.split())
+        body = compact.removeprefix(PREFIX)
+        try:
+            if body == compact:
+                raise ValueError(f"it does not begin with {PREFIX}")
+            raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
+            invitation = cls.model_validate_json(raw)
+            x509.load_pem_x509_certificate(invitation.root.encode("ascii"))
+        except (ValueError, binascii.Error, ValidationError) as error:
+            raise ConfigError(
+                "invitation.malformed",
+                "This is not a coldmerge invitation, or it was cut short.",
+                expected=f"{PREFIX} followed by one long word",
+                got=f"{compact[:24]}… ({len(compact)} characters)",
+                hint="Copy the whole line that `coldmerge coordinator invite` printed.",
+            ) from error
+        return invitation
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the root certificate in DER, as 64 hexadecimal digits."""
+        return root_fingerprint(self.root.encode("ascii"))
+
+    def check_fingerprint(self, told: str) -> None:
+        """Compare the root certificate with the fingerprint told by another channel.
+
+        Upper case, colons and spaces do not matter.
+
+        Raises:
+            IntegrityError: they differ: nothing must be sent to this coordinator.
+        """
+        clean = re.sub(r"[\s:]", "", told).lower().removeprefix("sha256")
+        if clean != self.fingerprint:
+            raise IntegrityError(
+                "invitation.wrong_fingerprint",
+                "The invitation's root certificate does not have the fingerprint you were told.",
+                expected=clean,
+                got=self.fingerprint,
+                hint="Ask the admin for invitation and fingerprint again, by two channels.",
+                federation=self.federation,
+            )
+
+
+def root_fingerprint(root_pem: bytes) -> str:
+    """sha256 of a PEM certificate's DER bytes, as 64 hexadecimal digits."""
+    certificate = x509.load_pem_x509_certificate(root_pem)
+    return hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
+
+
+def token_digest(token: str) -> bytes:
+    """sha256 of a token: the only form of it the coordinator keeps."""
+    return hashlib.sha256(token.encode("utf-8")).digest()
