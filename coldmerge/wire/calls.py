@@ -25,7 +25,7 @@ Request = TypeVar("Request")
 OnRetry = Callable[[UnavailableError, float], None]
 
 
-def unary(
+def call(
     method: Callable[..., Any],
     request: object,
     *,
@@ -87,13 +87,13 @@ def server_stream(
     Raises:
         ColdmergeError: what the coordinator answered, or UnavailableError.
     """
-    call = method(request, timeout=deadline, metadata=call_metadata())
+    stream = method(request, timeout=deadline, metadata=call_metadata())
     try:
-        yield from call
+        yield from stream
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
     finally:
-        call.cancel()
+        stream.cancel()
 
 
 def client_stream(
