@@ -26,7 +26,7 @@ DEFAULT_DIR = Path("coordinator")
 
 @dataclass(frozen=True)
 class Local:
-    """Stubs over the coordinator's Unix socket; `call` adds deadline, version and errors."""
+    """Stubs over the coordinator's Unix socket."""
 
     admin: Any
     models: Any
@@ -48,6 +48,17 @@ def coordinator_folder(folder: Path) -> Path:
             hint="Name it with --dir, or set COLDMERGE_DIR.",
         )
     return folder
+
+
+def ask(method: Any, request: object) -> Any:
+    """One call on the socket: it answers at once or not at all.
+
+    Raises:
+        ColdmergeError: what the coordinator answered.
+    """
+    from coldmerge.wire.calls import call
+
+    return call(method, request, patience=0)
 
 
 @contextmanager

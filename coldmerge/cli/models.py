@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coldmerge.cli.local import DEFAULT_DIR, DirOption, coordinator_folder, local
+from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, coordinator_folder, local
 from coldmerge.cli.output import Format, FormatOption, err, out, print_record, print_rows, transfer
 
 group = typer.Typer(
@@ -43,7 +43,7 @@ def add(
     from coldmerge_coordinator.importing import add_model
     from coldmerge_coordinator.store import Store
 
-    rules = load_yaml(template, RoundTemplate) if template else RoundTemplate()
+    rules = load_yaml(template) if template else RoundTemplate()
     store = Store.open(coordinator_folder(folder))
     with transfer(f"importing {name}", fmt) as progress:
         release = add_model(
@@ -74,22 +74,21 @@ def set_template(
     folder: DirOption = DEFAULT_DIR,
 ) -> None:
     """Replace the rules the model's next rounds open with, its schedule included."""
-    from coldmerge.rounds.policy import RoundTemplate, load_yaml
+    from coldmerge.rounds.policy import load_yaml
     from coldmerge_coordinator.importing import set_template as replace
     from coldmerge_coordinator.store import Store
 
-    replace(Store.open(coordinator_folder(folder)), name, load_yaml(file, RoundTemplate))
+    replace(Store.open(coordinator_folder(folder)), name, load_yaml(file))
     out.print(f"{name} now opens rounds by {file}.", highlight=False)
 
 
 @group.command("list", epilog="Example: coldmerge model list --dir ./hub --format json")
 def list_models(folder: DirOption = DEFAULT_DIR, fmt: FormatOption = Format.TABLE) -> None:
     """List models with their latest release."""
-    from coldmerge.wire.calls import call
     from coldmerge.wire.v1 import models_pb2
 
     with local(folder) as coordinator:
-        found = call(coordinator.models.ListModels, models_pb2.ListModelsRequest())
+        found = ask(coordinator.models.ListModels, models_pb2.ListModelsRequest())
     rows = [
         {
             "model": model.name,

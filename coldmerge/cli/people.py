@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coldmerge.cli.local import DEFAULT_DIR, DirOption, local
+from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, local
 from coldmerge.cli.output import Format, FormatOption, err, out, print_json, print_rows
 
 
@@ -44,13 +44,12 @@ def invite(
 ) -> None:
     """Make a one-time invitation. An organization may be invited once per machine."""
     from coldmerge.rounds.policy import parse_duration
-    from coldmerge.wire.calls import call
     from coldmerge.wire.v1 import admin_pb2
 
     request = admin_pb2.InviteRequest(contributor=contributor, role=role.value)
     request.ttl.FromTimedelta(parse_duration(ttl))
     with local(folder) as coordinator:
-        made = call(coordinator.admin.Invite, request)
+        made = ask(coordinator.admin.Invite, request)
     if fmt is Format.JSON:
         print_json(
             {
@@ -78,11 +77,10 @@ def invite(
 
 def contributors(folder: DirOption = DEFAULT_DIR, fmt: FormatOption = Format.TABLE) -> None:
     """List organizations with their machines: last seen, client version, contributions."""
-    from coldmerge.wire.calls import call
     from coldmerge.wire.v1 import admin_pb2
 
     with local(folder) as coordinator:
-        found = call(coordinator.admin.ListContributors, admin_pb2.ListContributorsRequest())
+        found = ask(coordinator.admin.ListContributors, admin_pb2.ListContributorsRequest())
     rows = []
     for organization in found.contributors:
         for machine in organization.machines or [admin_pb2.Machine()]:
@@ -113,11 +111,10 @@ def revoke(
     folder: DirOption = DEFAULT_DIR,
 ) -> None:
     """Shut an organization, or one machine, out. Effective on its next call."""
-    from coldmerge.wire.calls import call
     from coldmerge.wire.v1 import admin_pb2
 
     with local(folder) as coordinator:
-        call(
+        ask(
             coordinator.admin.Revoke,
             admin_pb2.RevokeRequest(contributor=contributor, machine=machine, reason=reason),
         )

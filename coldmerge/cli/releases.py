@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coldmerge.cli.local import DEFAULT_DIR, DirOption, coordinator_folder, local
+from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, coordinator_folder, local
 from coldmerge.cli.output import Format, FormatOption, out, print_record, print_rows, transfer
 
 group = typer.Typer(
@@ -42,11 +42,10 @@ def list_releases(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """List a model's releases, oldest first."""
-    from coldmerge.wire.calls import call
     from coldmerge.wire.v1 import models_pb2
 
     with local(folder) as coordinator:
-        found = call(
+        found = ask(
             coordinator.models.ListReleases, models_pb2.ListReleasesRequest(model=model)
         )
     print_rows([release_row(message) for message in found.releases], fmt, empty="No release yet.")
@@ -61,11 +60,10 @@ def show(
 ) -> None:
     """Show a release's signed record: lineage, recipe, contributions, digests."""
     from coldmerge.core.documents import ReleaseRecord
-    from coldmerge.wire.calls import call
     from coldmerge.wire.v1 import models_pb2
 
     with local(folder) as coordinator:
-        message = call(
+        message = ask(
             coordinator.models.GetRelease,
             models_pb2.GetReleaseRequest(model=model, number=number),
         )
@@ -106,11 +104,10 @@ def rollback(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Publish an old release again, under the next number."""
-    from coldmerge.wire.calls import call
     from coldmerge.wire.v1 import admin_pb2
 
     with local(folder) as coordinator:
-        message = call(
+        message = ask(
             coordinator.admin.Rollback,
             admin_pb2.RollbackRequest(model=model, number=number, reason=reason),
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coldmerge.cli.local import DEFAULT_DIR, DirOption, local
+from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, local
 from coldmerge.cli.output import Format, FormatOption, out, print_json, print_record, print_rows
 
 group = typer.Typer(
@@ -64,21 +64,17 @@ def open_round(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Open a round on the latest release."""
-    from coldmerge.rounds.policy import RoundPolicy, load_yaml
-    from coldmerge.wire.calls import call
+    from coldmerge.rounds.policy import load_yaml, parse_template
     from coldmerge.wire.v1 import admin_pb2
     from coldmerge_coordinator.importing import template_of
     from coldmerge_coordinator.store import Store
 
-    rules = load_yaml(policy, RoundPolicy) if policy else template_of(Store.open(folder), model)
-    changes = {
-        "min_contributions": minimum,
-        "max_contributions": maximum,
-        "duration": duration,
-    }
-    rules = rules.replace(**{key: value for key, value in changes.items() if value is not None})
+    changes = {"min_contributions": minimum, "max_contributions": maximum, "duration": duration}
+    standing = load_yaml(policy) if policy else template_of(Store.open(folder), model)
+    asked = {key: value for key, value in changes.items() if value is not None}
+    rules = parse_template({**standing.to_json(), **asked}, "given by the options").policy()
     with local(folder) as coordinator:
-        opened = call(
+        opened = ask(
             coordinator.admin.OpenRound,
             admin_pb2.OpenRoundRequest(model=model, policy_json=rules.model_dump_json()),
         )
@@ -99,11 +95,10 @@ def list_rounds(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """List a model's rounds, newest first."""
-    from coldmerge.wire.calls import call
     from coldmerge.wire.v1 import rounds_pb2
 
     with local(folder) as coordinator:
-        found = call(
+        found = ask(
             coordinator.rounds.List, rounds_pb2.ListRoundsRequest(model=model, limit=limit)
         )
     rows = [round_row(message) for message in found.rounds]
@@ -117,12 +112,11 @@ def show(
     """Show a round: its policy, and what it admitted from whom, how large, with which norm."""
     import json
 
-    from coldmerge.wire.calls import call
     from coldmerge.wire.v1 import admin_pb2, rounds_pb2
 
     with local(folder) as coordinator:
-        message = call(coordinator.rounds.Get, rounds_pb2.GetRoundRequest(id=identifier))
-        admitted = call(
+        message = ask(coordinator.rounds.Get, rounds_pb2.GetRoundRequest(id=identifier))
+        admitted = ask(
             coordinator.admin.ListRoundContributions, admin_pb2.RoundAction(round=identifier)
         )
     contributions = [
@@ -148,10 +142,9 @@ def show(
 
 
 def _act(method: str, request: Any, folder: Path, fmt: Format) -> None:
-    from coldmerge.wire.calls import call
 
     with local(folder) as coordinator:
-        message = call(getattr(coordinator.admin, method), request)
+        message = ask(getattr(coordinator.admin, method), request)
     print_record(round_row(message), fmt)
 
 
