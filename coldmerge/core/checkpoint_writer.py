@@ -1,0 +1,177 @@
+"""Writing a model folder: beside its place first, then moved there whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from coldmerge.core.dtypes import NUMPY, as_bytes, nbytes
+from coldmerge.core.errors import CheckpointError, ConflictError
+from coldmerge.core.files import fsync_path, preallocate, raise_if_full, write_all
+from coldmerge.core.header import Described, TensorSpec, layout, render_header
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+class CheckpointWriter:
+    """Context manager: the folder appears complete and durable on a clean exit, or not at all.
+
+    Declare all tensors first, then append each one's bytes in order; tensors themselves
+    may come in any order.
+    """
+
+    def __init__(self, folder: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.folder = Path(folder)
+        self._partial = self.folder.with_name(f"{self.folder.name}.partial-{os.getpid()}")
+        self._max_shard_bytes = max_shard_bytes
+        self._fds: dict[str, int] = {}
+        self._places: dict[str, tuple[str, int, TensorSpec]] = {}
+        self._written: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ConflictError(
+                "checkpoint.folder_exists",
+                "The folder to write exists already and is not empty.",
+                expected="a new or empty folder",
+                got=self.folder,
+                hint="Choose another folder, or move this one away.",
+            )
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        return self
+
+    def declare(self, entries: Sequence[Described]) -> None:
+        """Lay out and preallocate the shards. Call once, before any `write`.
+
+        Within a shard, wide element types come first, so that each tensor is aligned.
+
+        Raises:
+            ResourceError: the disk is too small.
+        """
+        shards = self._split(entries)
+        for number, shard in enumerate(shards, 1):
+            file = SINGLE
+            if len(shards) > 1:
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._create(file, shard)
+        if len(shards) > 1:
+            total = sum(spec.nbytes for _, _, spec in self._places.values())
+            weight_map = {name: place[0] for name, place in sorted(self._places.items())}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            self.write_file(INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+    def _split(self, entries: Sequence[Described]) -> list[list[Described]]:
+        shards: list[list[Described]] = [[]]
+        room = self._max_shard_bytes
+        for entry in entries:
+            size = nbytes(entry.dtype, entry.shape)
+            if size > room and shards[-1]:
+                shards.append([])
+                room = self._max_shard_bytes
+            shards[-1].append(entry)
+            room -= size
+        return shards
+
+    def _create(self, file: str, shard: Sequence[Described]) -> None:
+        specs = layout(sorted(shard, key=lambda e: (-NUMPY[e.dtype].itemsize, e.name)))
+        header = render_header(specs, {"format": "pt"})
+        fd = os.open(self._partial / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        self._fds[file] = fd
+        preallocate(fd, len(header) + (specs[-1].stop if specs else 0))
+        write_all(fd, header, 0)
+        for spec in specs:
+            self._places[spec.name] = (file, len(header) + spec.start, spec)
+            self._written[spec.name] = 0
+
+    def write(
+        self, name: str, block: bytes | bytearray | memoryview | npt.NDArray[np.generic]
+    ) -> None:
+        """Append bytes (or an array in the declared type) to a declared tensor.
+
+        Raises:
+            CheckpointError: the tensor was not declared, or would become too long.
+        """
+        view = as_bytes(block) if isinstance(block, np.ndarray) else memoryview(block).cast("B")
+        place = self._places.get(name)
+        if place is None or self._written[name] + len(view) > place[2].nbytes:
+            raise CheckpointError(
+                "checkpoint.undeclared_bytes",
+                f"More bytes were written for tensor {name} than declared.",
+                expected="no such tensor" if place is None else f"{place[2].nbytes} bytes",
+                got=f"{self._written.get(name, 0) + len(view)} bytes",
+                hint="Declare every tensor with its type and shape before writing.",
+                folder=self.folder,
+            )
+        file, offset, _ = place
+        write_all(self._fds[file], view, offset + self._written[name])
+        self._written[name] += len(view)
+
+    def write_file(self, relative: str | Path, data: bytes) -> None:
+        """Add a file beside the weights.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        path = self._partial / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise_if_full(error)
+            raise
+
+    def copy_file(self, source: Path | str, relative: str | Path) -> None:
+        """Copy a file beside the weights.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        path = self._partial / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(source, path)
+        except OSError as error:
+            raise_if_full(error)
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            for fd in self._fds.values():
+                os.close(fd)
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _commit(self) -> None:
+        short = [n for n, (_, _, spec) in self._places.items() if self._written[n] < spec.nbytes]
+        if short:
+            raise CheckpointError(
+                "checkpoint.incomplete",
+                f"Not all bytes of {len(short)} tensors were written, first {min(short)}.",
+                expected=f"{self._places[min(short)][2].nbytes} bytes",
+                got=f"{self._written[min(short)]} bytes",
+                hint="Write every declared tensor to its end.",
+                folder=self.folder,
+            )
+        for path in sorted(self._partial.rglob("*"), reverse=True):
+            fsync_path(path)
+        fsync_path(self._partial)
+        self._partial.rename(self.folder)
+        fsync_path(self.folder.parent)

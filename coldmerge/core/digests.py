@@ -1,0 +1,159 @@
+"""Digests of what a release is made of: one sha256 per tensor and file, one Merkle root.
+
+The root is that of RFC 6962: a leaf is sha256(0x00 || canonical JSON of an entry), a node
+is sha256(0x01 || left || right), over the tensors sorted by name and then the files sorted
+by path. How the tensors are sharded, and the model card, are not in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.documents import FileEntry, TensorEntry
+from coldmerge.core.errors import IntegrityError
+from coldmerge.core.files import PositionalFile
+
+CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Content:
+    """Tensors sorted by name and files sorted by path: what `content_digest` names."""
+
+    tensors: tuple[TensorEntry, ...]
+    files: tuple[FileEntry, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """The content digest."""
+        return content_digest(self.tensors, self.files)
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorEntry]:
+        """The tensors by name."""
+        return {entry.name: entry for entry in self.tensors}
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready: {"tensors": […], "files": […]}."""
+        return {
+            "tensors": [entry.model_dump(mode="json") for entry in self.tensors],
+            "files": [entry.model_dump(mode="json") for entry in self.files],
+        }
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            IntegrityError: it is not a list of tensors and files, or not sorted and unique.
+        """
+        try:
+            tensors = tuple(TensorEntry.model_validate(entry) for entry in body["tensors"])
+            files = tuple(FileEntry.model_validate(entry) for entry in body["files"])
+        except (KeyError, TypeError, ValidationError) as error:
+            raise IntegrityError(
+                "content.malformed",
+                "A list of a release's tensors and files cannot be read.",
+                got=str(error).splitlines()[0],
+                hint="Client and coordinator may differ in version; compare `coldmerge --version`.",
+            ) from error
+        names, paths = [e.name for e in tensors], [e.path for e in files]
+        if names != sorted(set(names)) or paths != sorted(set(paths)):
+            raise IntegrityError(
+                "content.not_sorted",
+                "A list of a release's tensors and files is not sorted, or names one twice.",
+                hint="Do not trust this list; fetch the release again.",
+            )
+        return cls(tensors, files)
+
+
+def content_entries(
+    checkpoint: Checkpoint, progress: Callable[[int], None] | None = None
+) -> Content:
+    """Hash every tensor and file of a folder, one chunk at a time.
+
+    `progress` is called with the number of bytes hashed since the last call.
+    """
+    tensors = []
+    for name, spec in checkpoint.tensors.items():
+        digest = hashlib.sha256()
+        for start in range(0, spec.nbytes, CHUNK_BYTES):
+            chunk = checkpoint.raw(name, start, min(start + CHUNK_BYTES, spec.nbytes))
+            digest.update(chunk)
+            if progress:
+                progress(len(chunk))
+        tensors.append(
+            TensorEntry(
+                name=name,
+                dtype=spec.dtype,
+                shape=spec.shape,
+                sha256=digest.hexdigest(),
+                nbytes=spec.nbytes,
+            )
+        )
+    files = tuple(_file_entry(checkpoint.folder, path) for path in checkpoint.files())
+    return Content(tuple(tensors), tuple(sorted(files, key=lambda entry: entry.path)))
+
+
+def _file_entry(folder: Path, path: Path) -> FileEntry:
+    digest, size = file_digest(folder / path)
+    return FileEntry(path=path.as_posix(), size=size, sha256=digest)
+
+
+def file_digest(path: Path) -> tuple[str, int]:
+    """sha256 (hexadecimal) and size of a file, read one chunk at a time."""
+    digest, file = hashlib.sha256(), PositionalFile(path)
+    for start in range(0, file.size, CHUNK_BYTES):
+        digest.update(file.read(start, min(start + CHUNK_BYTES, file.size)))
+    file.close()
+    return digest.hexdigest(), file.size
+
+
+def content_digest(tensors: Sequence[TensorEntry], files: Sequence[FileEntry]) -> str:
+    """Merkle root over tensors sorted by name, then files sorted by path."""
+    leaves = [entry.canonical() for entry in sorted(tensors, key=lambda entry: entry.name)]
+    leaves += [entry.canonical() for entry in sorted(files, key=lambda entry: entry.path)]
+    return merkle_root(leaves)
+
+
+def master_digest(masters: Mapping[str, str]) -> str:
+    """Merkle root over the fp32 masters: tensor name → sha256 of its float32 bytes."""
+    leaves = [
+        json.dumps(
+            {"name": name, "sha256": masters[name], "type": "coldmerge.master/1"},
+            sort_keys=True,
+            separators=(",", ":"),
+        ).encode("ascii")
+        for name in sorted(masters)
+    ]
+    return merkle_root(leaves)
+
+
+def merkle_root(leaves: Sequence[bytes]) -> str:
+    """RFC 6962 root of `leaves`, hexadecimal. The root of nothing is sha256 of nothing."""
+    if not leaves:
+        return hashlib.sha256(b"").hexdigest()
+    complete: list[tuple[int, bytes]] = []  # roots of complete subtrees, sizes falling
+    for leaf in leaves:
+        size, node = 1, hashlib.sha256(b"\x00" + leaf).digest()
+        while complete and complete[-1][0] == size:
+            node = _node(complete.pop()[1], node)
+            size *= 2
+        complete.append((size, node))
+    root = complete.pop()[1]
+    while complete:
+        root = _node(complete.pop()[1], root)
+    return root.hex()
+
+
+def _node(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(b"\x01" + left + right).digest()

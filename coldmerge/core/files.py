@@ -1,0 +1,115 @@
+"""Reading at an offset without a page of residue, and writing that survives a crash."""
+
+from __future__ import annotations
+
+import errno
+import os
+import weakref
+from pathlib import Path
+
+from coldmerge.core.errors import CheckpointError, IntegrityError, ResourceError
+
+
+class PositionalFile:
+    """A file read with pread: safe to share between threads, and nothing stays mapped."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(
+                "file.unreadable",
+                f"A file cannot be opened: {error.strerror}.",
+                hint="Check that the path exists and that you may read it.",
+                path=path,
+            ) from error
+        self.path = path
+        self.size = os.fstat(self._fd).st_size
+        self._close = weakref.finalize(self, os.close, self._fd)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` (bytes) from `offset`.
+
+        Raises:
+            IntegrityError: the file ends before the buffer is full.
+        """
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if count == 0:
+                raise IntegrityError(
+                    "file.truncated",
+                    "A file became shorter while it was read.",
+                    expected=f"{len(buffer)} bytes from offset {offset}",
+                    got=f"{done} bytes",
+                    hint="Do not change model folders in use; run the command again.",
+                    path=self.path,
+                )
+            done += count
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """The bytes [start, stop)."""
+        raw = bytearray(stop - start)
+        self.read_into(memoryview(raw), start)
+        return raw
+
+    def close(self) -> None:
+        """Give the descriptor back. Garbage collection does the same."""
+        self._close()
+
+
+def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """Write `data` at `offset` of `fd`, completely.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    view = memoryview(data)
+    done = 0
+    try:
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+    except OSError as error:
+        raise_if_full(error)
+        raise
+
+
+def preallocate(fd: int, nbytes: int) -> None:
+    """Reserve the disk before the work.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    if nbytes == 0:
+        return
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        raise_if_full(error)
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(fd, nbytes)
+
+
+def raise_if_full(error: OSError) -> None:
+    """Turn "no space left" and "quota exceeded" into our own error; leave others alone.
+
+    Raises:
+        ResourceError: `error` says that the disk is full.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise ResourceError(
+            "disk.full",
+            f"The disk is full: {error.strerror}.",
+            hint="Free some space (`df -h`) and run the command again; nothing was lost.",
+            path=error.filename,
+        ) from error
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
