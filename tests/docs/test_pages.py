@@ -1,0 +1,57 @@
+"""The docs say what the program does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coldmerge import __version__
+from coldmerge.rounds.policy import GatePolicy, MergePolicy, RoundTemplate, Schedule, load_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+
+
+def test_generated_pages_are_fresh() -> None:
+    result = subprocess.run(
+        [sys.executable, DOCS / "build.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"run `python docs/build.py`: {result.stdout}{result.stderr}"
+
+
+def test_every_error_has_a_hint_and_a_sentence() -> None:
+    page = (DOCS / "errors.md").read_text()
+    entries = [line for line in page.splitlines() if line.startswith("  ")]
+    assert len(entries) > 40
+    for entry in entries:
+        sentence, _, hint = entry.strip().rstrip("*").partition(" *")
+        assert sentence, entry
+        assert hint, f"no hint: {entry}"
+
+
+def test_the_sample_round_is_a_valid_template() -> None:
+    template = load_yaml(DOCS / "samples" / "round.yaml")
+    assert template.schedule is not None
+    written = yaml.safe_load((DOCS / "samples" / "round.yaml").read_text())
+    assert set(written) | {"mode"} == set(RoundTemplate.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "policy"),
+    [("", RoundTemplate), ("gate.", GatePolicy), ("merge.", MergePolicy), ("schedule.", Schedule)],
+)
+def test_every_policy_key_is_documented(prefix: str, policy: type[RoundTemplate]) -> None:
+    page = (DOCS / "rounds.md").read_text()
+    groups = {"merge", "schedule"}
+    missing = [
+        key for key in policy.model_fields if key not in groups and f"`{prefix}{key}`" not in page
+    ]
+    assert missing == []
+
+
+def test_changelog_names_this_version() -> None:
+    assert f"## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
