@@ -61,6 +61,7 @@ class RoundView:
     evaluators: tuple[str, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     candidate_digest: str | None = None
+    candidate_master: str | None = None
     evaluation_closes_at: datetime | None = None
     held: bool = False
     reason: str | None = None
@@ -113,9 +114,10 @@ class MergeStarted:
 
 @dataclass(frozen=True)
 class MergeDone:
-    """The candidate is durable."""
+    """The candidate is durable: its content digest, and the digest of its fp32 master."""
 
     candidate_digest: str
+    candidate_master: str
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def transition(view: RoundView, event: Event, now: datetime) -> Outcome:
             f"{_SENTENCES[type(event)]} while the round is {view.state}.",
             expected=" or ".join(state for state in State if state in allowed),
             got=view.state,
-            hint=f"See where it is with `coldmerge coordinator round show {view.id}`.",
+            hint=f"See where it is with `coldmerge round show {view.id}`.",
             round=view.id,
             model=view.model,
         )
@@ -245,7 +247,7 @@ def _seal(view: RoundView, _event: Event, _now: datetime) -> Outcome:
             f"Round {view.id} has no contributions to merge.",
             expected="at least one",
             got=0,
-            hint=f"Wait, or end it with `coldmerge coordinator round abandon {view.id}`.",
+            hint=f"Wait, or end it with `coldmerge round abandon {view.id}`.",
             round=view.id,
             model=view.model,
         )
@@ -273,7 +275,7 @@ def _extend(view: RoundView, event: Extend, now: datetime) -> Outcome:
         raise ConflictError(
             "round.no_deadline",
             f"Round {view.id} has no deadline: it seals by count.",
-            hint=f"Close it with `coldmerge coordinator round seal {view.id}`.",
+            hint=f"Close it with `coldmerge round seal {view.id}`.",
             round=view.id,
             model=view.model,
         )
@@ -295,7 +297,11 @@ def _merge_failed(view: RoundView, event: MergeFailed, _now: datetime) -> Outcom
 
 def _merge_done(view: RoundView, event: MergeDone, now: datetime) -> Outcome:
     candidate = replace(
-        view, state=State.CANDIDATE, candidate_digest=event.candidate_digest, reason=None
+        view,
+        state=State.CANDIDATE,
+        candidate_digest=event.candidate_digest,
+        candidate_master=event.candidate_master,
+        reason=None,
     )
     gate = view.policy.gate
     if gate is None:

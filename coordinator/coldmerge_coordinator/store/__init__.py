@@ -1,1 +1,141 @@
-"""The coordinator's truth: tables, migrations, blobs."""
+"""The coordinator's truth: tables, migrations, blobs, and the folder that holds them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from coldmerge.core.errors import ConfigError, ConflictError
+from coldmerge_coordinator import config as settings
+from coldmerge_coordinator.config import CoordinatorConfig
+from coldmerge_coordinator.store.blobs import BlobStore
+from coldmerge_coordinator.store.database import HEAD, Database, migrate, schema_revision
+from coldmerge_coordinator.store.releases import Signer
+
+__all__ = ["Database", "Signer", "Store"]
+
+_FOLDERS = ("blobs", "contributions", "uploads", "logs")
+
+
+class Store:
+    """A coordinator's folder: settings, database, blobs, signing key.
+
+    ```
+    DIR/config.yaml  coldmerge.db  blobs/ab/<sha256>  contributions/<id>.safetensors
+        uploads/<id>.part  keys/signing.key  logs/
+    ```
+    """
+
+    def __init__(self, folder: Path, config: CoordinatorConfig) -> None:
+        self.folder = folder
+        self.config = config
+        self.database_url = config.database_in(folder)
+        self.database = Database(self.database_url)
+        self.blobs = BlobStore(folder / "blobs")
+
+    @classmethod
+    def create(cls, folder: Path, config: CoordinatorConfig) -> Self:
+        """Lay out `folder` (which may hold keys already) and an empty database.
+
+        Raises:
+            ConflictError: there is a coordinator in it.
+        """
+        if (folder / settings.FILE_NAME).exists():
+            raise ConflictError(
+                "store.exists",
+                f"There is already a coordinator in {folder}.",
+                hint="Choose another folder, or run this one with `coldmerge coordinator serve`.",
+            )
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in _FOLDERS:
+            (folder / name).mkdir(exist_ok=True, mode=0o700)
+        migrate(config.database_in(folder))
+        settings.save(config, folder)
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Open a coordinator's folder, and bring its database to this version's schema.
+
+        Raises:
+            ConfigError: no coordinator there, or a setting is wrong.
+            ConflictError: the database was made by a newer coldmerge.
+            UnavailableError: the database does not answer.
+        """
+        store = cls(folder, settings.load(folder))
+        for name in _FOLDERS:
+            (folder / name).mkdir(exist_ok=True, mode=0o700)
+        if schema_revision(store.database) != HEAD:
+            migrate(store.database_url)
+        return store
+
+    @property
+    def federation(self) -> str:
+        """The federation's name."""
+        return self.config.federation
+
+    @property
+    def contributions(self) -> Path:
+        """Folder of the admitted task vectors."""
+        return self.folder / "contributions"
+
+    @property
+    def uploads(self) -> Path:
+        """Folder of the uploads that go on."""
+        return self.folder / "uploads"
+
+    @property
+    def keys(self) -> Path:
+        """Folder of the private keys."""
+        return self.folder / "keys"
+
+    @cached_property
+    def signer(self) -> Signer:
+        """The coordinator's name and signing key, read when first needed.
+
+        Raises:
+            ConfigError: the key is missing, open to others, or not an Ed25519 key.
+        """
+        return Signer(self.federation, _load_key(self.keys / "signing.key"))
+
+    def close(self) -> None:
+        """Give the database connections back."""
+        self.database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _load_key(path: Path) -> Ed25519PrivateKey:
+    try:
+        if path.stat().st_mode & 0o077:
+            raise ConfigError(
+                "store.key_exposed",
+                f"The signing key {path} can be read by others.",
+                expected="mode 0600",
+                got=f"mode {path.stat().st_mode & 0o777:04o}",
+                hint=f"If nobody has read it: chmod 600 {path}",
+            )
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            "store.no_signing_key",
+            f"The signing key {path} cannot be read: {error}",
+            hint="Restore it from a backup: contributors know its public half.",
+        ) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(
+            "store.wrong_key",
+            f"The signing key {path} is of another kind.",
+            expected="Ed25519",
+            got=type(key).__name__,
+            hint="Restore it from a backup: contributors know its public half.",
+        )
+    return key

@@ -13,6 +13,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     LargeBinary,
+    MetaData,
     String,
     TypeDecorator,
     UniqueConstraint,
@@ -27,18 +28,36 @@ class Instant(TypeDecorator[datetime]):
     impl = DateTime(timezone=True)
     cache_ok = True
 
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Store UTC."""
-        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+    def process_bind_param(
+        self,
+        value: datetime | None,
+        dialect: Dialect,  # noqa: ARG002 - SQLAlchemy's signature
+    ) -> datetime | None:
+        """Store UTC; SQLite drops the zone."""
+        return None if value is None else value.astimezone(UTC)
 
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Return UTC with its zone."""
-        return None if value is None else value.replace(tzinfo=UTC)
+    def process_result_value(
+        self,
+        value: datetime | None,
+        dialect: Dialect,  # noqa: ARG002 - SQLAlchemy's signature
+    ) -> datetime | None:
+        """Return UTC with its zone, which SQLite has dropped."""
+        if value is None:
+            return None
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
 
 
 class Base(DeclarativeBase):
-    """Parent of all tables."""
+    """Parent of all tables. Constraints have names, so that a later migration can find them."""
 
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
     type_annotation_map = {  # noqa: RUF012 - SQLAlchemy reads the class attribute
         datetime: Instant,
         dict[str, Any]: JSON,
@@ -98,15 +117,25 @@ class Model(Base):
 class Content(Base):
     """What a release or candidate consists of: a list of tensors and files, by digest.
 
-    `listing` is {"tensors": [TensorEntry…], "files": [FileEntry…]}; `masters` maps the
-    name of each float tensor to the sha256 of its fp32 master bytes.
+    `listing` is {"tensors": [TensorEntry…], "files": [FileEntry…]}.
     """
 
     __tablename__ = "content"
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
-    master_digest: Mapped[str] = mapped_column(String(64))
     listing: Mapped[dict[str, Any]]
-    masters: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class Master(Base):
+    """The fp32 tensors behind a release or candidate: float tensor name → sha256.
+
+    Apart from the content, because two masters may render to the same published bytes:
+    bf16 updates too small to show must still add up.
+    """
+
+    __tablename__ = "master"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tensors: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
 
 
@@ -127,6 +156,7 @@ class Release(Base):
     model: Mapped[str] = mapped_column(ForeignKey("model.name"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     content_digest: Mapped[str] = mapped_column(ForeignKey("content.digest"), index=True)
+    master_digest: Mapped[str] = mapped_column(ForeignKey("master.digest"))
     record: Mapped[bytes] = mapped_column(LargeBinary)
     signature: Mapped[bytes] = mapped_column(LargeBinary)
     published_at: Mapped[datetime]
@@ -149,7 +179,8 @@ class Round(Base):
     closes_at: Mapped[datetime | None]
     sealed_inputs: Mapped[list[Any] | None]  # manifest digests, sorted: frozen at SEALED
     merge_attempts: Mapped[int]
-    candidate_digest: Mapped[str | None] = mapped_column(String(64))
+    candidate_digest: Mapped[str | None] = mapped_column(ForeignKey("content.digest"), index=True)
+    candidate_master: Mapped[str | None] = mapped_column(ForeignKey("master.digest"))
     evaluation_closes_at: Mapped[datetime | None]
     held: Mapped[bool]
     release_number: Mapped[int | None]

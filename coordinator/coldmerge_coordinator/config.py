@@ -1,0 +1,111 @@
+"""The coordinator's settings: `config.yaml` in its folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from coldmerge.core.documents import Identifier
+from coldmerge.core.errors import ConfigError
+from coldmerge.core.files import fsync_path
+
+FILE_NAME = "config.yaml"
+
+Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")]
+Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,253}$")]
+
+
+class Limits(BaseModel):
+    """What one contributor may take."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_payload_bytes: int = Field(default=200 * 2**30, ge=1)
+    max_open_uploads: int = Field(default=4, ge=1)
+
+
+class CoordinatorConfig(BaseModel):
+    """Who we are, where we listen, where the truth is kept.
+
+    `hosts` are the names in the server certificate; the first is the one invitations
+    give. A relative SQLite path in `database_url` starts at the coordinator's folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    federation: Identifier
+    listen: Address = "127.0.0.1:7443"
+    enrol_listen: Address = "127.0.0.1:7444"
+    hosts: tuple[Host, ...] = Field(default=("localhost",), min_length=1)
+    database_url: str = "sqlite:///coldmerge.db"
+    min_protocol: int = Field(default=1, ge=1)
+    limits: Limits = Limits()
+
+    def database_in(self, folder: Path) -> str:
+        """The database URL, with a relative SQLite path resolved against `folder`.
+
+        Raises:
+            ConfigError: not a database URL.
+        """
+        try:
+            url = make_url(self.database_url)
+        except ArgumentError as error:
+            raise ConfigError(
+                "config.bad_database_url",
+                "The database URL cannot be read.",
+                expected="sqlite:///coldmerge.db or postgresql+psycopg://user@host/name",
+                hint="Correct `database_url` in config.yaml.",
+            ) from error
+        if url.get_backend_name() == "sqlite" and url.database:
+            url = url.set(database=str(folder.resolve() / url.database))
+        return url.render_as_string(hide_password=False)
+
+
+def load(folder: Path) -> CoordinatorConfig:
+    """Read `config.yaml` of a coordinator's folder.
+
+    Raises:
+        ConfigError: no such file, bad YAML, or a wrong key.
+    """
+    path = folder / FILE_NAME
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return CoordinatorConfig.model_validate(values)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "config.no_coordinator",
+            f"There is no coordinator in {folder}.",
+            expected=f"a file {FILE_NAME}",
+            hint=f"Make one with `coldmerge coordinator init {folder}`.",
+        ) from error
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise ConfigError(
+            "config.invalid",
+            f"{path} is wrong at {key}: {first['msg']}.",
+            hint="docs/coordinator.md lists every key with its default.",
+            key=key,
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "config.unreadable",
+            f"{path} cannot be read: {error}",
+            hint="Check its permissions, and its indentation.",
+        ) from error
+
+
+def save(config: CoordinatorConfig, folder: Path) -> None:
+    """Write `config.yaml` into `folder`, whole or not at all."""
+    temporary = folder / f".{FILE_NAME}.{os.getpid()}"
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    temporary.write_text(text, encoding="utf-8")
+    fsync_path(temporary)
+    temporary.rename(folder / FILE_NAME)
+    fsync_path(folder)

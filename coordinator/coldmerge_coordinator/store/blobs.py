@@ -1,0 +1,225 @@
+"""Content-addressed files: `blobs/ab/<sha256>`, one per tensor or configuration file.
+
+A blob appears under its name only when its bytes are on disk: temporary name → fsync →
+rename → fsync of the folder. Whatever a crash leaves behind is a temporary file, which
+nothing reads and `sweep` removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from coldmerge.core import dtypes
+from coldmerge.core.errors import IntegrityError, NotFoundError
+from coldmerge.core.files import PositionalFile, fsync_path, raise_if_full, write_all
+
+CHUNK_BYTES = 2**20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_INCOMING = "incoming"
+
+
+class BlobWriter:
+    """One blob on its way in. A context manager: what was not committed is removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._temporary = folder / _INCOMING / f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        self._open = True
+        self._hash = hashlib.sha256()
+        self.nbytes = 0
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Append bytes.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        write_all(self._fd, data, self.nbytes)
+        self._hash.update(data)
+        self.nbytes += memoryview(data).nbytes
+
+    def commit(self) -> tuple[str, int]:
+        """Make the blob durable under its name: (sha256, length).
+
+        Bytes that are there already are kept, and these dropped.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        sha256 = self._hash.hexdigest()
+        try:
+            self._place(_path(self._folder, sha256))
+        except OSError as error:
+            raise_if_full(error)
+            raise
+        self.close()
+        return sha256, self.nbytes
+
+    def _place(self, final: Path) -> None:
+        if not final.exists() or final.stat().st_size != self.nbytes:
+            os.fsync(self._fd)
+            if not final.parent.is_dir():
+                final.parent.mkdir(exist_ok=True)
+                fsync_path(self._folder)
+            self._temporary.rename(final)
+        fsync_path(final.parent)
+
+    def close(self) -> None:
+        """Drop what was not committed."""
+        if self._open:
+            self._open = False
+            os.close(self._fd)
+            self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class BlobStore:
+    """The blobs of a coordinator. Safe to share between threads and processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / _INCOMING).mkdir(parents=True, exist_ok=True)
+
+    def writer(self) -> BlobWriter:
+        """A new blob: write its bytes, then commit."""
+        return BlobWriter(self.folder)
+
+    def put(self, data: bytes) -> tuple[str, int]:
+        """Store `data`: (sha256, length)."""
+        with self.writer() as writer:
+            writer.write(data)
+            return writer.commit()
+
+    def put_file(self, path: Path) -> tuple[str, int]:
+        """Store a copy of a file: (sha256, length)."""
+        with self.writer() as writer, path.open("rb") as file:
+            while data := file.read(CHUNK_BYTES):
+                writer.write(data)
+            return writer.commit()
+
+    def path(self, sha256: str) -> Path:
+        """Where a blob is, whether or not it exists.
+
+        Raises:
+            NotFoundError: `sha256` is not 64 hexadecimal digits.
+        """
+        return _path(self.folder, sha256)
+
+    def has(self, sha256: str) -> bool:
+        """Whether the blob is on disk."""
+        return self.path(sha256).exists()
+
+    def open(self, sha256: str) -> PositionalFile:
+        """A blob, to be read at any offset. Close it.
+
+        Raises:
+            NotFoundError: it is not on disk.
+        """
+        path = self.path(sha256)
+        if not path.exists():
+            raise _missing(sha256)
+        return PositionalFile(path)
+
+    def read(self, sha256: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of a blob.
+
+        Raises:
+            NotFoundError: it is not on disk.
+            IntegrityError: it is shorter than that.
+        """
+        file = self.open(sha256)
+        try:
+            return bytes(file.read(start, stop))
+        finally:
+            file.close()
+
+    def block(self, sha256: str, dtype: str, start: int, stop: int) -> dtypes.Floats32:
+        """Elements [start, stop) of a float tensor's blob, float32, one-dimensional.
+
+        Raises:
+            NotFoundError: it is not on disk.
+            IntegrityError: it is shorter than that.
+        """
+        kind = dtypes.NUMPY[dtype]
+        file = self.open(sha256)
+        try:
+            raw = file.read(start * kind.itemsize, stop * kind.itemsize)
+        finally:
+            file.close()
+        return dtypes.to_float32(np.frombuffer(raw, kind))
+
+    def chunks(self, sha256: str, offset: int = 0) -> Iterator[bytes]:
+        """A blob's bytes from `offset`, at most 1 MiB at a time.
+
+        Raises:
+            NotFoundError: it is not on disk.
+        """
+        file = self.open(sha256)
+        try:
+            for start in range(offset, file.size, CHUNK_BYTES):
+                yield bytes(file.read(start, min(start + CHUNK_BYTES, file.size)))
+        finally:
+            file.close()
+
+    def verify(self, sha256: str) -> None:
+        """Read a blob whole and compare.
+
+        Raises:
+            NotFoundError: it is not on disk.
+            IntegrityError: its bytes are not those its name promises.
+        """
+        found = hashlib.sha256()
+        for chunk in self.chunks(sha256):
+            found.update(chunk)
+        if found.hexdigest() != sha256:
+            raise IntegrityError(
+                "blob.corrupt",
+                "A blob's bytes are not those its name promises.",
+                expected=sha256,
+                got=found.hexdigest(),
+                hint="The coordinator's disk may be failing: restore `blobs/` from a backup.",
+            )
+
+    def sweep(self, older_than: float) -> int:
+        """Remove temporary files last written before `older_than` (Unix time): how many."""
+        removed = 0
+        for path in sorted((self.folder / _INCOMING).iterdir()):
+            if path.stat().st_mtime < older_than:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+
+def _path(folder: Path, sha256: str) -> Path:
+    if not _SHA256.fullmatch(sha256):
+        raise _missing(sha256)
+    return folder / sha256[:2] / sha256
+
+
+def _missing(sha256: str) -> NotFoundError:
+    return NotFoundError(
+        "blob.unknown",
+        "There is no such blob.",
+        got=sha256[:80],
+        hint="Take digests from a release's listing.",
+    )

@@ -1,0 +1,114 @@
+"""Contributions: which are admitted, which a sealed round merges."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from coldmerge.core.documents import Manifest, Signed
+from coldmerge.core.errors import IntegrityError, NotFoundError
+from coldmerge_coordinator.store.models import Contribution, Round
+
+ADMITTED, REPLACED, WITHDRAWN = "ADMITTED", "REPLACED", "WITHDRAWN"
+
+
+def get(session: Session, contribution_id: str) -> Contribution:
+    """A contribution.
+
+    Raises:
+        NotFoundError: there is none of that id.
+    """
+    row = session.get(Contribution, contribution_id)
+    if row is None:
+        raise NotFoundError(
+            "contribution.unknown",
+            f"There is no contribution {contribution_id}.",
+            hint="List yours with `coldmerge status`.",
+            contribution=contribution_id,
+        )
+    return row
+
+
+def admitted(session: Session, round_id: str) -> list[Contribution]:
+    """The round's admitted contributions, by manifest digest."""
+    return list(
+        session.scalars(
+            select(Contribution)
+            .where(Contribution.round == round_id, Contribution.state == ADMITTED)
+            .order_by(Contribution.manifest_digest)
+        )
+    )
+
+
+def admitted_of(session: Session, round_id: str, contributor: str) -> Contribution | None:
+    """The contributor's admitted contribution to the round, if there is one."""
+    return session.scalars(
+        select(Contribution).where(
+            Contribution.round == round_id,
+            Contribution.contributor == contributor,
+            Contribution.state == ADMITTED,
+        )
+    ).one_or_none()
+
+
+def by_manifest(session: Session, manifest_digest: str) -> Contribution | None:
+    """The contribution that this manifest became, if it was committed."""
+    return session.scalars(
+        select(Contribution).where(Contribution.manifest_digest == manifest_digest)
+    ).one_or_none()
+
+
+def of_round(session: Session, round_id: str) -> list[Contribution]:
+    """All contributions to the round, whatever became of them, oldest first."""
+    return list(
+        session.scalars(
+            select(Contribution)
+            .where(Contribution.round == round_id)
+            .order_by(Contribution.accepted_at, Contribution.id)
+        )
+    )
+
+
+def of_contributor(session: Session, contributor: str) -> list[Contribution]:
+    """All contributions of an organization, newest first."""
+    return list(
+        session.scalars(
+            select(Contribution)
+            .where(Contribution.contributor == contributor)
+            .order_by(Contribution.accepted_at.desc(), Contribution.id)
+        )
+    )
+
+
+def sealed(session: Session, row: Round) -> list[Contribution]:
+    """What a sealed round merges: its frozen inputs, sorted by manifest digest.
+
+    Raises:
+        IntegrityError: one of them is gone.
+    """
+    digests = list(row.sealed_inputs or [])
+    found = {
+        item.manifest_digest: item
+        for item in of_round(session, row.id)
+        if item.manifest_digest in digests
+    }
+    missing = [digest for digest in digests if digest not in found]
+    if missing:
+        raise IntegrityError(
+            "round.input_missing",
+            f"Round {row.id} froze a contribution that the database no longer has.",
+            expected=missing[0],
+            hint="Restore the database from a backup, or abandon the round.",
+            round=row.id,
+        )
+    return [found[digest] for digest in sorted(digests)]
+
+
+def signed_manifest(row: Contribution) -> Signed:
+    """The manifest's bytes and signature."""
+    return Signed(row.manifest, row.signature)
+
+
+def get_manifest(row: Contribution) -> Manifest:
+    """The manifest, parsed. Its signature was checked when it was admitted."""
+    return Manifest.parse(row.manifest)

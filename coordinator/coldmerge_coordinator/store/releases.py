@@ -1,0 +1,331 @@
+"""Models and their releases: contents, signed records, publishing, rolling back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from coldmerge.core import dtypes
+from coldmerge.core.digests import Content, master_digest
+from coldmerge.core.documents import Document, ReleaseRecord, Signed, sign
+from coldmerge.core.errors import ConflictError, NotFoundError
+from coldmerge_coordinator.store import models
+from coldmerge_coordinator.store.models import Blob, Master, Model, Release, Round
+
+Recipe = dict[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True)
+class Signer:
+    """The coordinator's name and the Ed25519 key behind its receipts and release records."""
+
+    federation: str
+    key: Ed25519PrivateKey
+
+    def sign(self, document: Document) -> Signed:
+        """Put the coordinator's name to `document`."""
+        return sign(document, self.key)
+
+
+def list_models(session: Session) -> list[Model]:
+    """All models, by name."""
+    return list(session.scalars(select(Model).order_by(Model.name)))
+
+
+def get_model(session: Session, name: str, *, lock: bool = False) -> Model:
+    """A model.
+
+    Raises:
+        NotFoundError: there is none of that name.
+    """
+    query = select(Model).where(Model.name == name)
+    model = session.scalars(query.with_for_update() if lock else query).one_or_none()
+    if model is None:
+        raise NotFoundError(
+            "model.unknown",
+            f"There is no model {name}.",
+            hint="List the models with `coldmerge model list`.",
+            model=name,
+        )
+    return model
+
+
+def latest_release(session: Session, model: str) -> Release:
+    """The model's newest release.
+
+    Raises:
+        NotFoundError: no such model, or none of it is published.
+    """
+    release = _latest(session, model)
+    if release is None:
+        get_model(session, model)
+        raise _no_release(model, "any")
+    return release
+
+
+def _latest(session: Session, model: str) -> Release | None:
+    return session.scalars(
+        select(Release).where(Release.model == model).order_by(Release.number.desc()).limit(1)
+    ).one_or_none()
+
+
+def get_release(session: Session, model: str, number: int) -> Release:
+    """The release of that number.
+
+    Raises:
+        NotFoundError: no such model or number.
+    """
+    release = session.get(Release, (model, number))
+    if release is None:
+        get_model(session, model)
+        raise _no_release(model, number)
+    return release
+
+
+def find_release(session: Session, model: str, content_digest: str) -> Release | None:
+    """The newest release with that content, or None (a candidate has no release yet)."""
+    return session.scalars(
+        select(Release)
+        .where(Release.model == model, Release.content_digest == content_digest)
+        .order_by(Release.number.desc())
+        .limit(1)
+    ).one_or_none()
+
+
+def is_candidate(session: Session, model: str, content_digest: str) -> bool:
+    """Whether some round of the model made, or is judging, a candidate of that content."""
+    found = session.scalars(
+        select(Round.id)
+        .where(Round.model == model, Round.candidate_digest == content_digest)
+        .limit(1)
+    )
+    return found.one_or_none() is not None
+
+
+def list_releases(session: Session, model: str, after_number: int = -1) -> list[Release]:
+    """Releases numbered above `after_number`, oldest first."""
+    return list(
+        session.scalars(
+            select(Release)
+            .where(Release.model == model, Release.number > after_number)
+            .order_by(Release.number)
+        )
+    )
+
+
+def _no_release(model: str, got: object) -> NotFoundError:
+    return NotFoundError(
+        "release.unknown",
+        f"Model {model} has no such release.",
+        got=got,
+        hint=f"List them with `coldmerge release list {model}`.",
+        model=model,
+    )
+
+
+def signed_record(release: Release) -> Signed:
+    """The record's bytes and signature."""
+    return Signed(release.record, release.signature)
+
+
+def get_record(release: Release) -> ReleaseRecord:
+    """The record, parsed."""
+    return ReleaseRecord.parse(release.record)
+
+
+def get_content(session: Session, digest: str) -> models.Content:
+    """The row behind a content digest.
+
+    Raises:
+        NotFoundError: nothing here has that digest.
+    """
+    row = session.get(models.Content, digest)
+    if row is None:
+        raise NotFoundError(
+            "content.unknown",
+            "Nothing here has that content digest.",
+            got=digest,
+            hint="List releases with `coldmerge release list`.",
+        )
+    return row
+
+
+def get_listing(session: Session, digest: str) -> Content:
+    """Tensors and files behind a content digest.
+
+    Raises:
+        NotFoundError: nothing here has that digest.
+    """
+    return Content.from_json(get_content(session, digest).listing)
+
+
+def get_blob(session: Session, sha256: str) -> Blob:
+    """A blob that may be read: part of a release or candidate.
+
+    Raises:
+        NotFoundError: there is none, or it is not public (the same answer for both).
+    """
+    blob = session.get(Blob, sha256)
+    if blob is None or not blob.public:
+        raise NotFoundError(
+            "blob.not_public",
+            "No release or candidate has that tensor or file.",
+            got=sha256[:80],
+            hint="Take digests from a release's listing.",
+        )
+    return blob
+
+
+def get_masters(session: Session, master_digest: str) -> dict[str, str]:
+    """The fp32 masters behind a release or candidate: tensor name → sha256 of its blob.
+
+    Raises:
+        NotFoundError: nothing here has that digest.
+    """
+    row = session.get(Master, master_digest)
+    if row is None:
+        raise NotFoundError(
+            "master.unknown",
+            "Nothing here has that master digest.",
+            got=master_digest,
+            hint="The database is incomplete: restore it from a backup.",
+        )
+    return dict(row.tensors)
+
+
+def add_content(
+    session: Session, content: Content, masters: Mapping[str, str], now: datetime
+) -> tuple[str, str]:
+    """Write down a content, its masters and their blobs, which must be durable already.
+
+    `masters`: name of each float tensor → sha256 of its fp32 bytes. What is known stays
+    as it is. Returns the content digest and the master digest.
+    """
+    sizes = {entry.sha256: entry.nbytes for entry in content.tensors}
+    sizes |= {entry.sha256: entry.size for entry in content.files}
+    _add_blobs(session, sizes, public=True, now=now)
+    private = {
+        sha256: dtypes.nbytes("F32", content.by_name[name].shape)
+        for name, sha256 in masters.items()
+        if sha256 not in sizes
+    }
+    _add_blobs(session, private, public=False, now=now)
+    if session.get(models.Content, content.digest) is None:
+        row = models.Content(digest=content.digest, listing=content.to_json(), created_at=now)
+        session.add(row)
+    digest = master_digest(masters)
+    if session.get(Master, digest) is None:
+        session.add(Master(digest=digest, tensors=dict(sorted(masters.items())), created_at=now))
+    session.flush()
+    return content.digest, digest
+
+
+def _add_blobs(session: Session, sizes: Mapping[str, int], *, public: bool, now: datetime) -> None:
+    for sha256 in sorted(sizes):
+        known = session.get(Blob, sha256)
+        if known is None:
+            session.add(Blob(sha256=sha256, nbytes=sizes[sha256], public=public, created_at=now))
+        elif public and not known.public:
+            known.public = True
+
+
+def publish(
+    session: Session,
+    signer: Signer,
+    model: str,
+    content_digest: str,
+    master_digest: str,
+    now: datetime,
+    *,
+    recipe: Recipe,
+    parents: Sequence[str] = (),
+    round: str | None = None,  # noqa: A002 - the noun
+    contributions: Sequence[str] = (),
+    flags: Sequence[str] = (),
+) -> Release:
+    """Write the model's next release: number, signed record, chained to the one before.
+
+    `parents`: content digests it was made from; `contributions`: manifest digests.
+
+    Raises:
+        NotFoundError: no such model, content or master.
+    """
+    get_model(session, model, lock=True)
+    get_content(session, content_digest)
+    get_masters(session, master_digest)
+    previous = _latest(session, model)
+    record = ReleaseRecord(
+        federation=signer.federation,
+        model=model,
+        number=0 if previous is None else previous.number + 1,
+        content_digest=content_digest,
+        master_digest=master_digest,
+        previous_record=None if previous is None else get_record(previous).digest(),
+        parents=tuple(parents),
+        round=round,
+        recipe=recipe,
+        contributions=tuple(sorted(contributions)),
+        flags=tuple(sorted(flags)),
+        created_at=now,
+    )
+    signed = signer.sign(record)
+    release = Release(
+        model=model,
+        number=record.number,
+        content_digest=content_digest,
+        master_digest=master_digest,
+        record=signed.document,
+        signature=signed.signature,
+        published_at=now,
+    )
+    session.add(release)
+    session.flush()
+    return release
+
+
+def rollback(
+    session: Session, signer: Signer, model: str, number: int, reason: str, now: datetime
+) -> Release:
+    """Publish the content of release `number` again, under the next number.
+
+    Raises:
+        NotFoundError: no such model or release.
+        ConflictError: a round is going on, or that content is the latest already.
+    """
+    get_model(session, model, lock=True)
+    old, latest = get_release(session, model, number), latest_release(session, model)
+    active = session.scalars(select(Round).where(Round.model == model, Round.active)).one_or_none()
+    if active is not None:
+        raise ConflictError(
+            "release.round_active",
+            f"Round {active.id} of {model} is going on, from release {active.base_number}.",
+            hint=f"End it first with `coldmerge round abandon {active.id}`.",
+            model=model,
+            round=active.id,
+        )
+    if (old.content_digest, old.master_digest) == (latest.content_digest, latest.master_digest):
+        raise ConflictError(
+            "release.already_latest",
+            f"Release {number} of {model} has the content of the latest release.",
+            expected="an older content",
+            got=f"release {latest.number} is the same",
+            hint=f"List them with `coldmerge release list {model}`.",
+            model=model,
+        )
+    recipe: Recipe = {"method": "rollback", "number": number, "reason": reason}
+    return publish(
+        session,
+        signer,
+        model,
+        old.content_digest,
+        old.master_digest,
+        now,
+        recipe=recipe,
+        parents=(old.content_digest,),
+        flags=("rollback",),
+    )

@@ -1,0 +1,306 @@
+"""Rounds in the database: the pure transition, applied by compare-and-set.
+
+Everything that touches a round's children (a contribution admitted, an evaluation
+stored) calls `apply` in the same transaction, so `version` covers them too.
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import datetime
+
+from sqlalchemy import select, update
+from sqlalchemy.engine import CursorResult
+from sqlalchemy.orm import Session
+
+from coldmerge.core import documents
+from coldmerge.core.documents import Signed
+from coldmerge.core.errors import ConflictError, NotFoundError
+from coldmerge.core.ids import new_id
+from coldmerge.rounds import state
+from coldmerge.rounds.gate import check_evaluation
+from coldmerge.rounds.policy import RoundPolicy
+from coldmerge.rounds.state import Effect, Event, RoundView, State
+from coldmerge_coordinator.store import contributions, notices, releases
+from coldmerge_coordinator.store.models import Contributor, Evaluation, Release, Round
+from coldmerge_coordinator.store.releases import Recipe, Signer
+
+
+def get(session: Session, round_id: str, *, lock: bool = False) -> Round:
+    """A round; with `lock`, nobody else moves it until this transaction ends.
+
+    Raises:
+        NotFoundError: there is none of that id.
+    """
+    query = select(Round).where(Round.id == round_id)
+    row = session.scalars(query.with_for_update() if lock else query).one_or_none()
+    if row is None:
+        raise NotFoundError(
+            "round.unknown",
+            f"There is no round {round_id}.",
+            hint="List them with `coldmerge round list`.",
+            round=round_id,
+        )
+    return row
+
+
+def active_round(session: Session, model: str) -> Round | None:
+    """The model's round that goes on, if there is one."""
+    return session.scalars(select(Round).where(Round.model == model, Round.active)).one_or_none()
+
+
+def active_rounds(session: Session) -> list[Round]:
+    """All rounds that go on, by model."""
+    return list(session.scalars(select(Round).where(Round.active).order_by(Round.model)))
+
+
+def rounds_to_merge(session: Session) -> list[Round]:
+    """Rounds that wait for a worker, or lost theirs: the longest open first."""
+    return list(
+        session.scalars(
+            select(Round)
+            .where(Round.state.in_((State.SEALED, State.MERGING)))
+            .order_by(Round.opened_at, Round.id)
+        )
+    )
+
+
+def list_rounds(session: Session, model: str, limit: int = 50) -> list[Round]:
+    """The model's rounds, newest first."""
+    return list(
+        session.scalars(
+            select(Round)
+            .where(Round.model == model)
+            .order_by(Round.opened_at.desc(), Round.id)
+            .limit(limit)
+        )
+    )
+
+
+def newest_round(session: Session, model: str) -> Round | None:
+    """The model's active round, or else the one opened last."""
+    return active_round(session, model) or next(iter(list_rounds(session, model, 1)), None)
+
+
+def get_policy(row: Round) -> RoundPolicy:
+    """The policy frozen into the round."""
+    return RoundPolicy.model_validate(row.policy)
+
+
+def count_evaluations(session: Session, round_id: str) -> int:
+    """How many contributors have reported."""
+    return len(session.scalars(select(Evaluation).where(Evaluation.round == round_id)).all())
+
+
+def view(session: Session, row: Round) -> RoundView:
+    """The round as `coldmerge.rounds.state.transition` wants it."""
+    names = [item.contributor for item in contributions.admitted(session, row.id)]
+    revoked = set(
+        session.scalars(select(Contributor.name).where(Contributor.revoked_at.is_not(None)))
+    )
+    stored = session.scalars(
+        select(Evaluation).where(Evaluation.round == row.id).order_by(Evaluation.contributor)
+    )
+    return RoundView(
+        id=row.id,
+        model=row.model,
+        state=State(row.state),
+        policy=get_policy(row),
+        opened_at=row.opened_at,
+        closes_at=row.closes_at,
+        contributors=tuple(sorted(names)),
+        evaluators=tuple(sorted(set(names) - revoked)),
+        evaluations=tuple(
+            documents.Evaluation.parse(item.document)
+            for item in stored
+            if item.contributor not in revoked
+        ),
+        candidate_digest=row.candidate_digest,
+        candidate_master=row.candidate_master,
+        evaluation_closes_at=row.evaluation_closes_at,
+        held=row.held,
+        reason=row.reason,
+        merge_attempts=row.merge_attempts,
+    )
+
+
+def open_round(session: Session, model: str, policy: RoundPolicy, now: datetime) -> Round:
+    """Open a round on the model's latest release.
+
+    Raises:
+        NotFoundError: no such model, or it has no release.
+        ConflictError: a round of the model is going on.
+    """
+    releases.get_model(session, model, lock=True)  # openers queue up here
+    base = releases.latest_release(session, model)
+    _refuse_second(model, active_round(session, model))
+    opened = state.open_view(new_id("round"), model, policy, now)
+    row = Round(
+        id=opened.id,
+        model=model,
+        state=opened.state,
+        active=True,
+        version=1,
+        base_number=base.number,
+        base_digest=base.content_digest,
+        policy=policy.to_json(),
+        probe_seed=secrets.randbelow(2**31),
+        opened_at=now,
+        closes_at=opened.closes_at,
+        merge_attempts=0,
+        held=False,
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def _refuse_second(model: str, active: Round | None) -> None:
+    if active is not None:
+        raise ConflictError(
+            "round.already_active",
+            f"A round of {model} is already going on.",
+            expected="one active round per model",
+            got=f"{active.id} is {active.state}",
+            hint=f"Wait for it, or end it with `coldmerge round abandon {active.id}`.",
+            model=model,
+            round=active.id,
+        )
+
+
+def apply(
+    session: Session, row: Round, event: Event, now: datetime, signer: Signer
+) -> tuple[Effect, ...]:
+    """Move the round by `event` and carry out the effects, all in this transaction.
+
+    `row` is brought up to date. A tick that changes nothing writes nothing. Read `row`
+    in this transaction, with `get(…, lock=True)`.
+
+    Raises:
+        ConflictError: the event does not fit the state, or another process moved the
+            round first (`round.moved`): read it again and decide again.
+    """
+    before = view(session, row)
+    after, effects = state.transition(before, event, now)
+    if isinstance(event, state.Tick) and after == before and not effects:
+        return ()
+    _store(session, row, after, now)
+    for effect in effects:
+        _carry_out(session, row, effect, now, signer)
+    session.flush()
+    return effects
+
+
+def _store(session: Session, row: Round, after: RoundView, now: datetime) -> None:
+    session.flush()
+    moved = session.execute(
+        update(Round)
+        .where(Round.id == row.id, Round.version == row.version)
+        .values(
+            state=after.state,
+            active=after.state.active,
+            version=row.version + 1,
+            closes_at=after.closes_at,
+            candidate_digest=after.candidate_digest,
+            candidate_master=after.candidate_master,
+            evaluation_closes_at=after.evaluation_closes_at,
+            held=after.held,
+            reason=after.reason,
+            merge_attempts=after.merge_attempts,
+            ended_at=None if after.state.active else now,
+        )
+        .execution_options(synchronize_session=False)
+    )
+    assert isinstance(moved, CursorResult)  # noqa: S101 - what an UPDATE returns
+    if moved.rowcount != 1:
+        raise ConflictError(
+            "round.moved",
+            f"Round {row.id} was moved by another process meanwhile.",
+            expected=f"version {row.version}",
+            hint="Look at the round again and repeat the call if it still applies.",
+            round=row.id,
+        )
+    session.refresh(row)
+
+
+def _carry_out(session: Session, row: Round, effect: Effect, now: datetime, signer: Signer) -> None:
+    if isinstance(effect, state.FreezeInputs):
+        row.sealed_inputs = [
+            item.manifest_digest for item in contributions.admitted(session, row.id)
+        ]
+    elif isinstance(effect, state.Publish):
+        row.release_number = _publish(session, row, effect.flags, now, signer).number
+    else:
+        body = {
+            "kind": effect.kind,
+            "text": effect.text,
+            "federation": signer.federation,
+            "model": row.model,
+            "round": row.id,
+            "state": row.state,
+            "release": row.release_number,
+        }
+        notices.insert(session, get_policy(row).webhook, body, now)
+
+
+def _publish(
+    session: Session, row: Round, flags: tuple[str, ...], now: datetime, signer: Signer
+) -> Release:
+    if row.candidate_digest is None or row.candidate_master is None:
+        raise ConflictError(
+            "round.no_candidate",
+            f"Round {row.id} has no candidate to publish.",
+            hint="Abandon the round and open another.",
+            round=row.id,
+        )
+    return releases.publish(
+        session,
+        signer,
+        row.model,
+        row.candidate_digest,
+        row.candidate_master,
+        now,
+        recipe=recipe(get_policy(row)),
+        parents=(row.base_digest,),
+        round=row.id,
+        contributions=tuple(row.sealed_inputs or ()),
+        flags=flags,
+    )
+
+
+def recipe(policy: RoundPolicy) -> Recipe:
+    """What a release record says about how a round merged."""
+    return {"method": policy.merge.method, "weights": policy.merge.weights, "mode": policy.mode}
+
+
+def record_evaluation(
+    session: Session, row: Round, signed: Signed, now: datetime, signer: Signer
+) -> documents.Evaluation:
+    """Store an evaluation whose signature was checked, and let the gate look again.
+
+    The last one of a contributor counts.
+
+    Raises:
+        ManifestError: it is of another candidate, or contradicts itself.
+        ConflictError: the round is not CANDIDATE.
+    """
+    evaluation = documents.Evaluation.parse(signed.document)
+    if row.state == State.CANDIDATE and row.candidate_digest is not None:
+        check_evaluation(
+            evaluation,
+            base_digest=row.base_digest,
+            candidate_digest=row.candidate_digest,
+            probe_seed=row.probe_seed,
+        )
+        stored = session.merge(
+            Evaluation(
+                round=row.id,
+                contributor=evaluation.contributor,
+                document=signed.document,
+                signature=signed.signature,
+                reported_at=now,
+            )
+        )
+        session.add(stored)
+    apply(session, row, state.Evaluated(), now, signer)
+    return evaluation
