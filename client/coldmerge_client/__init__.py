@@ -1,1 +1,1 @@
-"""x."""
+"""What runs at a contributor: keys, releases, training, the outbox. No terminal in here."""

@@ -1,0 +1,201 @@
+"""The outbox: contributions between "trained" and "acknowledged", safe against crashes.
+
+`outbox/<id>/` holds manifest.json and manifest.sig (what was signed), task_vector.safetensors
+(whose data section is the payload) and state.json. A folder appears by one rename when it is
+complete, so a crash while preparing leaves nothing to send. States:
+
+    prepared → sending → sent       (the task vector is removed, the receipt stays)
+    prepared | sending → refused    (with the reason; nothing more is sent)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from coldmerge.core.documents import Manifest, Receipt, Signed, verify
+from coldmerge.core.errors import IntegrityError, NotFoundError
+from coldmerge.core.files import fsync_path
+from coldmerge.core.ids import new_id
+from coldmerge_client.files import read_json, write_atomic, write_json
+from coldmerge_client.home import Home
+
+State = Literal["prepared", "sending", "sent", "refused"]
+PAYLOAD = "task_vector.safetensors"
+
+
+@dataclass(frozen=True)
+class OutboxEntry:
+    """One contribution on this machine. `kept_home` pairs names with the reason."""
+
+    folder: Path
+    signed: Signed
+    manifest: Manifest
+    state: State
+    kept_home: tuple[tuple[str, str], ...] = ()
+    unchanged: int = 0
+    approved: bool = False
+    logged: bool = False
+    reason: str | None = None
+    receipt: Receipt | None = None
+
+    @property
+    def id(self) -> str:
+        """Name of the entry's folder."""
+        return self.folder.name
+
+    @property
+    def payload(self) -> Path:
+        """The task vector; gone once the contribution is sent or refused."""
+        return self.folder / PAYLOAD
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is still something to send."""
+        return self.state in ("prepared", "sending")
+
+
+class Outbox:
+    """The entries of one home."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._folder = home.outbox
+
+    def draft(self) -> Path:
+        """A fresh folder to build an entry in; `commit` makes it an entry."""
+        folder = self._folder / f".draft-{new_id('contribution')}"
+        folder.mkdir(parents=True, mode=0o700)
+        return folder
+
+    def commit(
+        self,
+        draft: Path,
+        signed: Signed,
+        *,
+        kept_home: tuple[tuple[str, str], ...],
+        unchanged: int,
+    ) -> OutboxEntry:
+        """Turn a draft that holds its task vector into an entry, in one step."""
+        write_atomic(draft / "manifest.json", signed.document)
+        write_atomic(draft / "manifest.sig", signed.signature)
+        write_json(
+            draft / "state.json",
+            {
+                "state": "prepared",
+                "kept_home": [list(pair) for pair in kept_home],
+                "unchanged": unchanged,
+                "approved": False,
+                "logged": False,
+                "reason": None,
+            },
+        )
+        final = self._folder / draft.name.removeprefix(".draft-")
+        draft.rename(final)
+        fsync_path(self._folder)
+        return self.get(final.name)
+
+    def tidy(self) -> None:
+        """Remove what a crash left behind. Call it while holding the outbox."""
+        for draft in self._folder.glob(".draft-*"):
+            shutil.rmtree(draft)
+        for entry in self.entries():
+            if not entry.pending:
+                entry.payload.unlink(missing_ok=True)
+
+    def get(self, entry: str) -> OutboxEntry:
+        """One entry, its signature checked.
+
+        Raises:
+            NotFoundError: there is no such entry.
+            ManifestError: the manifest on disk is not what this machine signed.
+            IntegrityError: the state file is damaged.
+        """
+        folder = self._folder / entry
+        if entry.startswith(".") or not (folder / "state.json").exists():
+            raise NotFoundError(
+                "outbox.no_such_entry",
+                "There is no such contribution in the outbox.",
+                hint="List them with `coldmerge status`.",
+                entry=entry,
+            )
+        signed = _read_signed(folder, "manifest")
+        key = self._home.identity_key().public_key()
+        return _with_state(
+            OutboxEntry(folder, signed, verify(signed, Manifest, key), "prepared"),
+            read_json(folder / "state.json"),
+            self._receipt(folder),
+        )
+
+    def _receipt(self, folder: Path) -> Receipt | None:
+        if not (folder / "receipt.json").exists():
+            return None
+        key = self._home.membership().verifier()
+        return verify(_read_signed(folder, "receipt"), Receipt, key)
+
+    def entries(self, model: str | None = None) -> tuple[OutboxEntry, ...]:
+        """All entries, oldest first."""
+        folders = self._folder.iterdir() if self._folder.is_dir() else ()
+        found = [self.get(entry.name) for entry in folders if not entry.name.startswith(".")]
+        found.sort(key=lambda entry: (entry.manifest.created_at, entry.id))
+        return tuple(e for e in found if model is None or e.manifest.model == model)
+
+    def for_round(self, round_id: str) -> OutboxEntry | None:
+        """The newest entry for a round that was not refused."""
+        fitting = [
+            entry
+            for entry in self.entries()
+            if entry.manifest.round == round_id and entry.state != "refused"
+        ]
+        return fitting[-1] if fitting else None
+
+    def mark(self, entry: OutboxEntry, **changes: Any) -> OutboxEntry:
+        """Store new values of `state`, `approved`, `logged` or `reason`, durably."""
+        state = {**read_json(entry.folder / "state.json"), **changes}
+        write_json(entry.folder / "state.json", state)
+        return _with_state(entry, state, entry.receipt)
+
+    def acknowledge(self, entry: OutboxEntry, signed: Signed, receipt: Receipt) -> OutboxEntry:
+        """Keep the receipt, drop the task vector."""
+        write_atomic(entry.folder / "receipt.sig", signed.signature)
+        write_atomic(entry.folder / "receipt.json", signed.document)
+        entry = self.mark(replace(entry, receipt=receipt), state="sent")
+        entry.payload.unlink(missing_ok=True)
+        return entry
+
+    def refuse(self, entry: OutboxEntry, reason: str) -> OutboxEntry:
+        """Give the entry up; its manifest and the reason stay."""
+        entry = self.mark(entry, state="refused", reason=reason)
+        entry.payload.unlink(missing_ok=True)
+        return entry
+
+
+def _read_signed(folder: Path, name: str) -> Signed:
+    return Signed((folder / f"{name}.json").read_bytes(), (folder / f"{name}.sig").read_bytes())
+
+
+def _with_state(
+    entry: OutboxEntry, state: Mapping[str, Any], receipt: Receipt | None
+) -> OutboxEntry:
+    if state.get("state") not in get_args(State):
+        raise IntegrityError(
+            "outbox.damaged_state",
+            "The state of a contribution in the outbox cannot be read.",
+            expected=" or ".join(get_args(State)),
+            got=state.get("state"),
+            hint="Remove its folder and push again.",
+            entry=entry.id,
+        )
+    return replace(
+        entry,
+        state=state["state"],
+        kept_home=tuple((name, reason) for name, reason in state["kept_home"]),
+        unchanged=state["unchanged"],
+        approved=state["approved"],
+        logged=state["logged"],
+        reason=state["reason"],
+        receipt=receipt,
+    )

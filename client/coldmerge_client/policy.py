@@ -1,0 +1,68 @@
+"""What may leave this machine, decided by its owner.
+
+The allow-list itself is not a setting: only tensors of the release that match none of
+the model's private patterns can leave, in any policy. `policy.yaml` in the home folder
+can only narrow that:
+
+    require_approval: true        ask a person before every contribution
+    private: ["encoder.layer.11.*"]   keep these at home as well
+    encoding: bf16                half the bytes, slightly rounded
+    max_bytes: 500000000          refuse to send more than this
+    metrics: false                send no training metrics
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coldmerge.core.documents import Encoding
+from coldmerge.core.errors import ConfigError
+
+
+class SendPolicy(BaseModel):
+    """The owner's limits on what leaves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    require_approval: bool = False
+    private: tuple[str, ...] = ()
+    encoding: Encoding = "fp32"
+    max_bytes: int | None = Field(default=None, gt=0)
+    metrics: bool = True
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read `path`; without a file the defaults hold.
+
+        Raises:
+            ConfigError: the file is not YAML or has a wrong key or value.
+        """
+        if not path.exists():
+            return cls()
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text("utf-8")) or {})
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            problem = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            problem = str(error)
+        raise ConfigError(
+            "policy.bad_file",
+            f"The sending policy cannot be read: {problem}",
+            expected=", ".join(cls.model_fields),
+            hint=f"Correct {path}; nothing is sent until it can be read.",
+            path=path,
+        )
+
+    def narrowed(self, *, require_approval: bool = False, encoding: Encoding | None = None) -> Self:
+        """The same policy with the stricter of two answers on approval, and another encoding."""
+        return self.model_copy(
+            update={
+                "require_approval": self.require_approval or require_approval,
+                "encoding": encoding or self.encoding,
+            }
+        )

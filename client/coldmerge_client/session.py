@@ -1,0 +1,302 @@
+"""A contributor's authenticated connection: one method per thing to ask.
+
+Unary calls are retried while the coordinator is away, at most `timeout` seconds, and
+then end with UnavailableError. The certificate is renewed by itself, also when it has
+expired, and the channel rebuilt with it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from coldmerge.core.clock import Clock, SystemClock
+from coldmerge.core.documents import Signed
+from coldmerge.core.errors import (
+    ConfigError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from coldmerge.wire.calls import OnRetry, call, client_stream, server_stream
+from coldmerge.wire.channel import secure_channel
+from coldmerge.wire.convert import signed_to_proto
+from coldmerge.wire.v1 import (
+    common_pb2,
+    contributions_pb2,
+    contributions_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    rounds_pb2,
+    rounds_pb2_grpc,
+)
+from coldmerge_client.enrol import renew, renewal_due
+from coldmerge_client.files import exclusive
+from coldmerge_client.home import Home, Membership
+
+TIMEOUT = 60.0
+SLOWEST_BYTES_PER_SECOND = 16 * 1024
+_BETWEEN_WATCHES = 0.5
+
+_Answer = TypeVar("_Answer")
+
+
+def transfer_deadline(nbytes: int) -> float:
+    """Seconds that sending or receiving `nbytes` may take on the slowest line we accept."""
+    return 300 + nbytes / SLOWEST_BYTES_PER_SECOND
+
+
+class Session:
+    """One home's connection to its coordinator. Threads may share it."""
+
+    def __init__(self, home: Home, member: Membership, timeout: float, clock: Clock) -> None:
+        self.home = home
+        self.member = member
+        self.timeout = timeout
+        self.clock = clock
+        self.on_retry: OnRetry | None = None
+        self._lock = threading.RLock()
+        self._channel: grpc.Channel | None = None
+        self._chain = b""
+
+    @classmethod
+    def open(
+        cls,
+        home: Home,
+        *,
+        timeout: float = TIMEOUT,
+        clock: Clock | None = None,
+        on_retry: OnRetry | None = None,
+    ) -> Self:
+        """A session for a home that has joined. Nothing is sent before the first question.
+
+        Raises:
+            ConfigError: the home has not joined a federation.
+        """
+        session = cls(home, home.membership(), timeout, clock or SystemClock())
+        session.on_retry = on_retry
+        return session
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        with self._lock:
+            if self._channel is not None:
+                self._channel.close()
+            self._channel = None
+
+    def _connected(self) -> grpc.Channel:
+        with self._lock:
+            if self._channel is None or renewal_due(self.home, self.clock.now()):
+                self._renew_if_due()
+                self._rebuild()
+            return self._channel
+
+    def _renew_if_due(self) -> None:
+        with exclusive(self.home.lock("certificate"), "the certificate", wait=True):
+            if renewal_due(self.home, self.clock.now()):
+                renew(self.home, clock=self.clock, patience=self.timeout, on_retry=self.on_retry)
+
+    def _rebuild(self) -> None:
+        self.close()
+        self._chain = self.home.certificate.read_bytes()
+        self._channel = secure_channel(
+            self.member.address,
+            self.home.root_pem.read_bytes(),
+            self._chain,
+            self.home.tls_key.read_bytes(),
+        )
+
+    def _another_certificate(self) -> bool:
+        """Whether another process renewed ours; then the next call uses the new one."""
+        with self._lock:
+            changed = self.home.certificate.read_bytes() != self._chain
+            if changed:
+                self.close()
+            return changed
+
+    def _trying(self, action: Callable[[], _Answer]) -> _Answer:
+        try:
+            return action()
+        except UnauthenticatedError:
+            if not self._another_certificate():
+                raise
+            return action()
+
+    def _models(self) -> Any:
+        return models_pb2_grpc.ModelsStub(self._connected())  # type: ignore[no-untyped-call]
+
+    def _rounds(self) -> Any:
+        return rounds_pb2_grpc.RoundsStub(self._connected())  # type: ignore[no-untyped-call]
+
+    def _contributions(self) -> Any:
+        return contributions_pb2_grpc.ContributionsStub(  # type: ignore[no-untyped-call]
+            self._connected()
+        )
+
+    def _ask(
+        self,
+        stubs: Callable[[], Any],
+        method: str,
+        request: object,
+        patience: float | None = None,
+    ) -> Any:
+        return self._trying(
+            lambda: call(
+                getattr(stubs(), method),
+                request,
+                patience=self.timeout if patience is None else patience,
+                on_retry=self.on_retry,
+            )
+        )
+
+    def models(self) -> tuple[models_pb2.Model, ...]:
+        """The models of the federation."""
+        answer = self._ask(self._models, "ListModels", models_pb2.ListModelsRequest())
+        return tuple(answer.models)
+
+    def model(self, name: str | None = None) -> models_pb2.Model:
+        """One model; without a name, the only one there is.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            ConfigError: no name was given and there are several models.
+        """
+        models = self.models()
+        fitting = [model for model in models if name is None or model.name == name]
+        if not fitting:
+            raise NotFoundError(
+                "session.no_such_model",
+                f"The federation has no model {name or 'yet'}.",
+                expected=", ".join(model.name for model in models) or None,
+                got=name,
+                hint="List them with `coldmerge status`.",
+            )
+        if len(fitting) > 1:
+            raise ConfigError(
+                "session.which_model",
+                "The federation has several models.",
+                expected=", ".join(model.name for model in models),
+                hint="Name one with --model.",
+            )
+        return fitting[0]
+
+    def release(
+        self, model: str, number: int | None = None, *, digest: str | None = None
+    ) -> models_pb2.Release:
+        """A release by number, a release or candidate by content digest, or the latest."""
+        request = models_pb2.GetReleaseRequest(model=model)
+        if digest is not None:
+            request.content_digest = digest
+        elif number is not None:
+            request.number = number
+        else:
+            request.latest = True
+        answer: models_pb2.Release = self._ask(self._models, "GetRelease", request)
+        return answer
+
+    def releases(self, model: str) -> tuple[models_pb2.Release, ...]:
+        """All published releases, oldest first, without their content."""
+        request = models_pb2.ListReleasesRequest(model=model)
+        return tuple(self._ask(self._models, "ListReleases", request).releases)
+
+    def read_blob(self, sha256: str, offset: int, nbytes: int) -> Iterator[common_pb2.Chunk]:
+        """The bytes of a tensor or file from `offset`; no retry here."""
+        request = models_pb2.ReadBlobRequest(sha256=sha256, offset=offset)
+        return server_stream(
+            self._models().ReadBlob, request, deadline=transfer_deadline(nbytes - offset)
+        )
+
+    def rounds(self, model: str, limit: int = 0) -> tuple[common_pb2.Round, ...]:
+        """Rounds, newest first."""
+        request = rounds_pb2.ListRoundsRequest(model=model, limit=limit)
+        return tuple(self._ask(self._rounds, "List", request).rounds)
+
+    def round(self, round_id: str) -> common_pb2.Round:
+        """One round."""
+        answer: common_pb2.Round = self._ask(
+            self._rounds, "Get", rounds_pb2.GetRoundRequest(id=round_id)
+        )
+        return answer
+
+    def newest_round(self, model: str) -> common_pb2.Round | None:
+        """The model's newest round, if there ever was one."""
+        found = self.rounds(model, 1)
+        return found[0] if found else None
+
+    def watch_round(
+        self, model: str, *, patience: float | None = None
+    ) -> Iterator[common_pb2.Round]:
+        """The newest round now, then at every change; reconnects when the link breaks.
+
+        Raises:
+            UnavailableError: the coordinator stayed away for `patience` seconds
+                (default: the session's timeout).
+        """
+        request = rounds_pb2.WatchRoundsRequest(model=model)
+        probe = rounds_pb2.ListRoundsRequest(model=model, limit=1)
+        while True:
+            self._ask(self._rounds, "List", probe, patience)
+            opened = time.monotonic()
+            try:
+                yield from server_stream(self._rounds().Watch, request)
+            except UnavailableError:
+                pass
+            except UnauthenticatedError:
+                if not self._another_certificate():
+                    raise
+            time.sleep(max(0.0, _BETWEEN_WATCHES - (time.monotonic() - opened)))
+
+    def report_evaluation(self, signed: Signed) -> common_pb2.Round:
+        """Hand in a signed evaluation."""
+        request = rounds_pb2.ReportEvaluationRequest(evaluation=signed_to_proto(signed))
+        answer: common_pb2.Round = self._ask(self._rounds, "ReportEvaluation", request)
+        return answer
+
+    def begin(self, manifest: Signed) -> contributions_pb2.BeginResponse:
+        """Announce a contribution, or find the upload that was begun with it."""
+        request = contributions_pb2.BeginRequest(manifest=signed_to_proto(manifest))
+        answer: contributions_pb2.BeginResponse = self._ask(self._contributions, "Begin", request)
+        return answer
+
+    def write(self, requests: Iterable[contributions_pb2.WriteRequest], nbytes: int) -> int:
+        """Send payload bytes; no retry here. The size that is durable now."""
+        answer: contributions_pb2.WriteResponse = client_stream(
+            self._contributions().Write, requests, deadline=transfer_deadline(nbytes)
+        )
+        return answer.committed_size
+
+    def commit(self, upload_id: str) -> common_pb2.SignedDocument:
+        """Ask for the receipt of a complete upload."""
+        request = contributions_pb2.CommitRequest(upload_id=upload_id)
+        answer: contributions_pb2.CommitResponse = self._ask(self._contributions, "Commit", request)
+        return answer.receipt
+
+    def contributions(
+        self, model: str = "", round_id: str = ""
+    ) -> tuple[contributions_pb2.Contribution, ...]:
+        """Our organization's contributions, newest first."""
+        request = contributions_pb2.ListContributionsRequest(model=model, round=round_id)
+        return tuple(self._ask(self._contributions, "List", request).contributions)
+
+    def withdraw(self, contribution: str) -> contributions_pb2.Contribution:
+        """Take a contribution back while its round is open."""
+        answer: contributions_pb2.Contribution = self._ask(
+            self._contributions, "Withdraw", contributions_pb2.WithdrawRequest(id=contribution)
+        )
+        return answer
