@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +37,9 @@ FLOATS = frozenset({"F32", "F16", "BF16"})
 
 ENCODINGS: dict[str, str] = {"fp32": "F32", "bf16": "BF16"}
 """Encodings of a task vector and the type their tensors are stored in."""
+
+BLOCK = 2**18
+"""Elements that are in memory at a time, per tensor read: 1 MiB of float32."""
 
 Floats32 = npt.NDArray[np.float32]
 Floats64 = npt.NDArray[np.float64]
@@ -83,3 +86,9 @@ def from_float32(array: Floats32, dtype: str) -> npt.NDArray[np.generic]:
 def as_bytes(array: npt.NDArray[np.generic]) -> memoryview:
     """The little-endian bytes of a contiguous array, not copied."""
     return array.reshape(-1).view(np.uint8).data
+
+
+def blocks(count: int, step: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """Ranges [start, stop) of at most `step` elements that cover `count`."""
+    for start in range(0, count, step):
+        yield start, min(start + step, count)

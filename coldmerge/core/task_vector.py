@@ -1,0 +1,269 @@
+"""Task vectors: what a fine-tune changed, tensor by tensor, against one exact release.
+
+A task vector is a safetensors file with its tensors sorted by name; its data section is
+byte for byte what travels. Key `<name>` holds the full delta of release tensor `<name>`;
+the pair `<name>.lora_A` (r, *rest) and `<name>.lora_B` (rows, r) with a scaling s stands
+for the delta s·B@A of shape (rows, *rest), which is the shape of the release tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Self, cast, get_args
+
+import numpy as np
+
+from coldmerge.core.documents import Encoding, Kind, TensorEntry
+from coldmerge.core.dtypes import ENCODINGS, NUMPY, Floats32, Floats64, blocks, size, to_float32
+from coldmerge.core.errors import NotFoundError, TaskVectorError
+from coldmerge.core.files import PositionalFile
+from coldmerge.core.header import Described, Header, layout, parse_header, render_header
+from coldmerge.core.names import split_factor
+
+TILE = 2**17
+_CHUNK_BYTES = 2**20
+
+
+def vector_header(
+    entries: Iterable[Described],
+    *,
+    kind: str,
+    encoding: str,
+    base_digest: str,
+    scaling: Mapping[str, float],
+    pad_to: int = 0,
+) -> bytes:
+    """The header of a task vector file: followed by the payload stream it is complete."""
+    metadata = {
+        "coldmerge.kind": kind,
+        "coldmerge.encoding": encoding,
+        "coldmerge.base_digest": base_digest,
+        "coldmerge.scaling": json.dumps(dict(sorted(scaling.items())), separators=(",", ":")),
+    }
+    return render_header(layout(entries), metadata, pad_to)
+
+
+class TaskVector:
+    """A task vector file, read a block at a time."""
+
+    def __init__(self, file: PositionalFile, header: Header) -> None:
+        self._file = file
+        self.path = file.path
+        self.specs = header.tensors
+        self.payload_start = header.data_start
+        self.kind: Kind
+        self.encoding: Encoding
+        self.kind, self.encoding, self.base_digest, self.scaling = _metadata(header, file.path)
+        self._factors = _check_keys(self)
+        self._last: tuple[str, _Expansion] | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Open a file and check its header.
+
+        Raises:
+            CheckpointError: it is not a sound safetensors file.
+            TaskVectorError: it is one, but not a task vector.
+        """
+        file = PositionalFile(Path(path))
+        return cls(file, parse_header(file))
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of the data section: what is sent."""
+        return self._file.size - self.payload_start
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The release tensors that the vector changes."""
+        return frozenset(split_factor(key)[0] for key in self.specs)
+
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """Every stored tensor with its sha256, in payload order; reads the file once."""
+        return self._entries
+
+    @cached_property
+    def _entries(self) -> tuple[TensorEntry, ...]:
+        found = []
+        for spec in self.specs.values():
+            digest = hashlib.sha256()
+            for start, stop in blocks(spec.nbytes, _CHUNK_BYTES):
+                at = self.payload_start + spec.start
+                digest.update(self._file.read(at + start, at + stop))
+            found.append(
+                TensorEntry(
+                    name=spec.name,
+                    dtype=spec.dtype,
+                    shape=spec.shape,
+                    sha256=digest.hexdigest(),
+                    nbytes=spec.nbytes,
+                )
+            )
+        return tuple(found)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the delta of release tensor `name`.
+
+        Raises:
+            NotFoundError: the vector does not touch it.
+        """
+        if name in self._factors:
+            return (
+                self.specs[f"{name}.lora_B"].shape[0],
+                *self.specs[f"{name}.lora_A"].shape[1:],
+            )
+        if name not in self.specs:
+            raise NotFoundError(
+                "task_vector.no_such_tensor",
+                f"The task vector does not touch tensor {name}.",
+                hint="Ask for one of `TaskVector.names`.",
+                path=self.path,
+            )
+        return self.specs[name].shape
+
+    def is_lora(self, name: str) -> bool:
+        """Whether the delta of `name` is stored as two factors."""
+        return name in self._factors
+
+    def stored(self, key: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of a stored tensor (a key of `specs`) as float32."""
+        spec = self.specs[key]
+        kind = NUMPY[spec.dtype]
+        start, stop, _ = slice(start, stop).indices(spec.size)
+        out = np.empty(max(stop - start, 0) * kind.itemsize, np.uint8)
+        self._file.read_into(out.data, self.payload_start + spec.start + start * kind.itemsize)
+        return to_float32(out.view(kind))
+
+    def block(self, name: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the flattened delta of `name`, shape (stop - start,).
+
+        Factors are multiplied in float64 and rounded once; zeros if `name` is not touched.
+        The values do not depend on how a tensor is cut into blocks.
+        """
+        if name in self._factors:
+            return self._expansion(name).block(start, stop)
+        if name in self.specs:
+            return self.stored(name, start, stop)
+        return np.zeros(max(stop - start, 0), np.float32)
+
+    def _expansion(self, name: str) -> _Expansion:
+        if self._last is None or self._last[0] != name:
+            self._last = (name, _Expansion(self, name))
+        return self._last[1]
+
+    def norm(self) -> float:
+        """L2 norm over all deltas, factors multiplied out, summed in float64."""
+        return math.sqrt(math.fsum(self.square(name) for name in sorted(self.names)))
+
+    def square(self, name: str) -> float:
+        """Sum of the squares of one delta, in float64."""
+        parts = []
+        for start, stop in blocks(size(self.shape(name))):
+            parts.append(sum_of_squares(self.block(name, start, stop)))
+        return math.fsum(parts)
+
+
+class _Expansion:
+    """s·B@A of one tensor, in tiles of whole rows that do not depend on who asks."""
+
+    def __init__(self, vector: TaskVector, name: str) -> None:
+        self._vector, self._key_b = vector, f"{name}.lora_B"
+        spec = vector.specs[f"{name}.lora_A"]
+        flat = vector.stored(spec.name, 0, spec.size).astype(np.float64)
+        self._a: Floats64 = flat.reshape(spec.shape[0], -1)
+        self._rows, self._rank = vector.specs[self._key_b].shape
+        self._scaling = vector.scaling[name]
+        self._columns = self._a.shape[1]
+        self._tile_rows = max(1, TILE // max(1, self._columns))
+        self._tile: tuple[int, Floats32] = (-1, np.empty(0, np.float32))
+
+    def block(self, start: int, stop: int) -> Floats32:
+        start, stop, _ = slice(start, stop).indices(self._rows * self._columns)
+        out = np.empty(max(stop - start, 0), np.float32)
+        step = self._tile_rows * self._columns
+        at = start
+        while at < stop:
+            number = at // step
+            end = min(stop, (number + 1) * step)
+            tile = self._tile_at(number)
+            out[at - start : end - start] = tile[at - number * step : end - number * step]
+            at = end
+        return out
+
+    def _tile_at(self, number: int) -> Floats32:
+        held, tile = self._tile
+        if held != number:
+            first = number * self._tile_rows
+            last = min(first + self._tile_rows, self._rows)
+            b = self._vector.stored(self._key_b, first * self._rank, last * self._rank)
+            product = b.astype(np.float64).reshape(-1, self._rank) @ self._a
+            product *= self._scaling
+            tile = product.astype(np.float32).reshape(-1)
+            self._tile = (number, tile)
+        return tile
+
+
+def sum_of_squares(values: Floats32) -> float:
+    """Σx² in float64, on one thread: NaN or Inf if and only if `values` holds one."""
+    wide = values.astype(np.float64)
+    return float(np.einsum("i,i->", wide, wide))
+
+
+def _metadata(header: Header, path: Path) -> tuple[Kind, Encoding, str, dict[str, float]]:
+    found = header.metadata
+    try:
+        kind, encoding = found["coldmerge.kind"], found["coldmerge.encoding"]
+        digest = found["coldmerge.base_digest"]
+        scaling = {str(k): float(v) for k, v in json.loads(found["coldmerge.scaling"]).items()}
+        sound = kind in get_args(Kind) and encoding in ENCODINGS
+        sound = sound and all(math.isfinite(value) for value in scaling.values())
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise TaskVectorError(
+            "task_vector.not_one",
+            "A safetensors file is not a task vector: its metadata is missing or malformed.",
+            expected="coldmerge.kind, .encoding, .base_digest and .scaling",
+            got=sorted(found)[:6],
+            hint="Make one from a fine-tuned folder with `coldmerge push --dry-run`.",
+            path=path,
+        )
+    return cast(Kind, kind), cast(Encoding, encoding), digest, scaling
+
+
+def _check_keys(vector: TaskVector) -> frozenset[str]:
+    """The names stored as factors.
+
+    Raises:
+        TaskVectorError: tensors are not sorted, of another type, or factors do not pair up.
+    """
+    keys = list(vector.specs)
+    parts = [split_factor(key) for key in keys]
+    factors = frozenset(name for name, part in parts if part)
+    full = {name for name, part in parts if not part}
+    wrong = [k for k in keys if vector.specs[k].dtype != ENCODINGS[vector.encoding]]
+    wrong += [name for name in factors if not _pairs_up(vector, name) or name in full]
+    wrong += [after for before, after in pairwise(keys) if before >= after]
+    wrong += sorted(factors ^ set(vector.scaling))
+    if wrong or (factors and vector.kind == "full"):
+        raise TaskVectorError(
+            "task_vector.malformed",
+            f"A task vector is malformed at {min(wrong, default='its kind')}.",
+            expected=f"sorted {ENCODINGS[vector.encoding]} tensors; for lora, factors with scaling",
+            hint="Extract it again; a task vector is not edited by hand.",
+            path=vector.path,
+        )
+    return factors
+
+
+def _pairs_up(vector: TaskVector, name: str) -> bool:
+    a, b = vector.specs.get(f"{name}.lora_A"), vector.specs.get(f"{name}.lora_B")
+    if a is None or b is None:
+        return False
+    return len(b.shape) == 2 and len(a.shape) >= 2 and a.shape[0] == b.shape[1]

@@ -1,0 +1,102 @@
+"""Writing a task vector in one pass, though which tensors it holds is known only at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from coldmerge.core.dtypes import ENCODINGS, Floats32, as_bytes, from_float32
+from coldmerge.core.files import fsync_path, write_all
+from coldmerge.core.task_vector import TaskVector, vector_header
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that may be written: key, type and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class VectorWriter:
+    """Context manager: appends tensors in sorted order; the file appears whole, or not at all.
+
+    Room for the header of all planned tensors is reserved, and what is left of it padded.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        planned: Iterable[tuple[str, tuple[int, ...]]],
+        *,
+        kind: str,
+        encoding: str,
+        base_digest: str,
+        scaling: Mapping[str, float],
+    ) -> None:
+        self.path = path
+        self.dtype = ENCODINGS[encoding]
+        self._partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        self._planned = [Planned(key, self.dtype, shape) for key, shape in sorted(planned)]
+        self._facts = {"kind": kind, "encoding": encoding, "base_digest": base_digest}
+        self._scaling = dict(scaling)
+        self._reserved = len(self._header(self._planned))
+        self._kept: list[Planned] = []
+        self._end = self._at = self._reserved
+
+    def _header(self, entries: list[Planned], pad_to: int = 0) -> bytes:
+        present = {entry.name for entry in entries}
+        scaling = {k: v for k, v in self._scaling.items() if f"{k}.lora_A" in present}
+        return vector_header(entries, **self._facts, scaling=scaling, pad_to=pad_to)
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._fd = os.open(self._partial, flags, 0o600)
+        return self
+
+    def append(self, values: Floats32) -> None:
+        """Append elements to the current tensor, encoded."""
+        data = as_bytes(from_float32(values, self.dtype))
+        write_all(self._fd, data, self._at)
+        self._at += len(data)
+
+    def keep(self, key: str, shape: tuple[int, ...]) -> None:
+        """End the current tensor: what was appended since the last one is tensor `key`."""
+        self._kept.append(Planned(key, self.dtype, shape))
+        self._end = self._at
+
+    def drop(self) -> None:
+        """Forget what was appended since the last tensor ended."""
+        self._at = self._end
+
+    @property
+    def kept(self) -> int:
+        """How many tensors were kept so far."""
+        return len(self._kept)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                os.ftruncate(self._fd, self._end)
+                write_all(self._fd, self._header(self._kept, self._reserved), 0)
+                os.fsync(self._fd)
+                self._partial.rename(self.path)
+                fsync_path(self.path.parent)
+        finally:
+            os.close(self._fd)
+            self._partial.unlink(missing_ok=True)
+
+    def open(self) -> TaskVector:
+        """The finished file."""
+        return TaskVector.open(self.path)
