@@ -1,0 +1,165 @@
+"""A published release as a complete Hugging Face folder, with model card and signed record."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+
+from coldmerge.core import documents
+from coldmerge.core.checkpoint_writer import MAX_SHARD_BYTES, CheckpointWriter
+from coldmerge.core.digests import Content
+from coldmerge.core.documents import FileEntry, ReleaseRecord, Signed
+from coldmerge.core.errors import IntegrityError
+from coldmerge.report.model_card import CardFacts, model_card
+from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.store import releases as release_table
+from coldmerge_coordinator.store.blobs import BlobStore
+from coldmerge_coordinator.store.models import Evaluation
+
+CARD = "README.md"
+RECORD = "coldmerge-release.json"
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The folder that `export` wrote, and which release is in it."""
+
+    folder: Path
+    model: str
+    number: int
+    digest: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Release:
+    record: ReleaseRecord
+    signed: Signed
+    content: Content
+    private: tuple[str, ...]
+    lineage: tuple[ReleaseRecord, ...]
+    evaluations: tuple[documents.Evaluation, ...]
+
+
+def export(
+    store: Store,
+    model: str,
+    number: int | None,
+    out: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write release `number` (None: the latest) of `model` into the new folder `out`.
+
+    Every byte is compared with its digest on the way. The folder appears complete or
+    not at all. `progress` is called with numbers of bytes done.
+
+    Raises:
+        NotFoundError: no such model or release.
+        ConflictError: `out` exists and is not empty.
+        IntegrityError: a blob is damaged.
+        ResourceError: the disk is too small.
+    """
+    release = _load(store, model, number)
+    content = release.content
+    tell = progress or _silent
+    with CheckpointWriter(out, max_shard_bytes) as writer:
+        writer.declare(content.tensors)
+        for tensor in content.tensors:
+            _copy_tensor(store.blobs, writer, tensor.name, tensor.sha256, tell)
+        files = {file.path: _checked(store.blobs, file) for file in content.files}
+        for path, data in files.items():
+            writer.write_file(path, data)
+        writer.write_file(RECORD, _record(store, release))
+        writer.write_file(CARD, _card(release, files.get("config.json")).encode())
+    total = sum(tensor.nbytes for tensor in content.tensors)
+    return Exported(out, model, release.record.number, content.digest, total)
+
+
+def _silent(_nbytes: int) -> None:
+    return
+
+
+def _load(store: Store, model: str, number: int | None) -> _Release:
+    with store.database.read() as session:
+        if number is None:
+            row = release_table.latest_release(session, model)
+        else:
+            row = release_table.get_release(session, model, number)
+        record = release_table.get_record(row)
+        reported = session.scalars(select(Evaluation).where(Evaluation.round == record.round))
+        return _Release(
+            record=record,
+            signed=release_table.signed_record(row),
+            content=release_table.get_listing(session, row.content_digest),
+            private=tuple(release_table.get_model(session, model).private_patterns),
+            lineage=tuple(
+                release_table.get_record(earlier)
+                for earlier in release_table.list_releases(session, model)
+                if earlier.number < row.number
+            ),
+            evaluations=tuple(documents.Evaluation.parse(item.document) for item in reported),
+        )
+
+
+def _copy_tensor(
+    blobs: BlobStore, writer: CheckpointWriter, name: str, sha256: str, progress: Progress
+) -> None:
+    found = hashlib.sha256()
+    for chunk in blobs.chunks(sha256):
+        found.update(chunk)
+        writer.write(name, chunk)
+        progress(len(chunk))
+    _compare(f"tensor {name}", sha256, found.hexdigest())
+
+
+def _checked(blobs: BlobStore, file: FileEntry) -> bytes:
+    data = blobs.read(file.sha256, 0, file.size)
+    _compare(f"file {file.path}", file.sha256, hashlib.sha256(data).hexdigest())
+    return data
+
+
+def _compare(what: str, expected: str, got: str) -> None:
+    if expected != got:
+        raise IntegrityError(
+            "export.corrupt",
+            f"The stored bytes of {what} are damaged.",
+            expected=expected,
+            got=got,
+            hint="The coordinator's disk may be failing: restore `blobs/` from a backup.",
+        )
+
+
+def _card(release: _Release, config: bytes | None) -> str:
+    return model_card(
+        CardFacts(
+            record=release.record,
+            tensors=release.content.tensors,
+            config={} if config is None else json.loads(config),
+            private_patterns=release.private,
+            lineage=release.lineage,
+            evaluations=release.evaluations,
+        )
+    )
+
+
+def _record(store: Store, release: _Release) -> bytes:
+    """The signed record: `document` holds the exact bytes that `signature` is over, in base64."""
+    body: dict[str, Any] = {
+        "record": json.loads(release.signed.document),
+        "document": base64.b64encode(release.signed.document).decode(),
+        "signature": base64.b64encode(release.signed.signature).decode(),
+        "signing_key": store.signer.key.public_key().public_bytes_raw().hex(),
+        "listing": release.content.to_json(),
+    }
+    return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,234 @@
+"""Adding a model: a Hugging Face folder becomes blobs, an fp32 master and release 0."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.clock import Clock, SystemClock
+from coldmerge.core.digests import Content
+from coldmerge.core.documents import FileEntry, TensorEntry
+from coldmerge.core.dtypes import FLOATS, blocks, nbytes
+from coldmerge.core.errors import CheckpointError, ConfigError, ConflictError, ResourceError
+from coldmerge.core.header import TensorSpec
+from coldmerge.core.names import is_private
+from coldmerge.merging.methods import method
+from coldmerge.rounds.policy import RoundTemplate
+from coldmerge_coordinator.schedule import next_tick
+from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.store import releases as release_table
+from coldmerge_coordinator.store.blobs import BlobStore
+from coldmerge_coordinator.store.models import Model
+from coldmerge_coordinator.tensor_sink import TensorSink
+
+CHUNK_BYTES = 2**20
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
+_CODE = ("auto_map", "custom_pipelines")
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What `add_model` did; `notes` are sentences an admin should read."""
+
+    model: str
+    digest: str
+    tensors: int
+    shared: int
+    nbytes: int
+    notes: tuple[str, ...]
+
+
+def add_model(
+    store: Store,
+    name: str,
+    folder: Path,
+    private: Sequence[str] = (),
+    template: RoundTemplate | None = None,
+    *,
+    clock: Clock | None = None,
+    progress: Progress | None = None,
+) -> Imported:
+    """Stream a model folder into the store and publish it as release 0.
+
+    Tensors that match `private` patterns stay in the release and are never merged. All
+    memory this needs is a block. `progress` is called with numbers of bytes done.
+
+    Raises:
+        ConfigError: the name, a pattern or the schedule is wrong.
+        CheckpointError: no safetensors, a damaged file, nothing to merge, NaN or infinity.
+        ConflictError: there is a model of that name.
+        ResourceError: the disk is too small.
+    """
+    now = (clock or SystemClock()).now()
+    chosen = template or RoundTemplate()
+    _check_name(name)
+    check_template(chosen, now)
+    _check_new(store, name)
+    checkpoint = Checkpoint.open(folder)
+    shared = _shared(checkpoint, private)
+    notes = _notes(checkpoint, private)
+    _check_disk(store.folder, checkpoint)
+    content, masters = _store_content(store.blobs, checkpoint, progress or _silent)
+    model = Model(
+        name=name,
+        private_patterns=sorted(set(private)),
+        template=chosen.to_json(),
+        last_scheduled_at=None,
+        created_at=now,
+    )
+    _publish(store, model, content, masters, now)
+    total = sum(entry.nbytes for entry in content.tensors)
+    return Imported(name, content.digest, len(content.tensors), len(shared), total, notes)
+
+
+def _silent(_nbytes: int) -> None:
+    return
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            "model.bad_name",
+            "A model cannot have that name.",
+            expected="letters, digits, `.`, `_` and `-`, at most 64, starting with a letter",
+            got=repr(name[:80]),
+            hint="Choose a name such as triage-encoder.",
+        )
+
+
+def check_template(template: RoundTemplate, now: datetime) -> None:
+    """Make sure that rounds can be opened and merged by `template`.
+
+    Raises:
+        ConfigError: no such merge method, or a schedule that never comes due.
+    """
+    method(template.merge.method)
+    if template.schedule is not None:
+        next_tick(template.schedule.cron, template.schedule.timezone, now)
+
+
+def _check_new(store: Store, name: str) -> None:
+    with store.database.read() as session:
+        if session.get(Model, name) is not None:
+            raise _exists(name)
+
+
+def _exists(name: str) -> ConflictError:
+    return ConflictError(
+        "model.exists",
+        f"There is a model {name} already.",
+        hint="Choose another name; a new version of a model is made by a round.",
+        model=name,
+    )
+
+
+def _shared(checkpoint: Checkpoint, private: Sequence[str]) -> list[str]:
+    floats = [name for name, spec in checkpoint.tensors.items() if spec.dtype in FLOATS]
+    shared = [name for name in floats if not is_private(name, private)]
+    if not shared:
+        raise CheckpointError(
+            "model.nothing_to_merge",
+            "The model has no tensor that contributors could improve together.",
+            expected="at least one F32, F16 or BF16 tensor that no private pattern matches",
+            got=f"{len(floats)} float tensors, all private" if floats else "no float tensor",
+            hint="Narrow --private, or save the model in float32, bfloat16 or float16.",
+            folder=checkpoint.folder,
+        )
+    return shared
+
+
+def _notes(checkpoint: Checkpoint, private: Sequence[str]) -> tuple[str, ...]:
+    notes = [
+        f"The private pattern {pattern!r} matches no tensor of this folder: it only guards "
+        "what contributors add, such as their heads."
+        for pattern in sorted(set(private))
+        if not any(is_private(name, [pattern]) for name in checkpoint.tensors)
+    ]
+    if not (checkpoint.folder / "config.json").is_file():
+        notes.append("There is no config.json: transformers will not load this model by itself.")
+    elif any(key in checkpoint.config for key in _CODE):
+        notes.append("config.json names Python code: releases carry none, so it will not load.")
+    return tuple(notes)
+
+
+def _stored_bytes(spec: TensorSpec) -> int:
+    master = nbytes("F32", spec.shape) if spec.dtype in FLOATS and spec.dtype != "F32" else 0
+    return spec.nbytes + master
+
+
+def _check_disk(folder: Path, checkpoint: Checkpoint) -> None:
+    needed = sum(_stored_bytes(spec) for spec in checkpoint.tensors.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ResourceError(
+            "model.disk_too_small",
+            "The coordinator's disk is too small for this model and its fp32 master.",
+            expected=f"{needed} bytes free",
+            got=f"{free} bytes",
+            hint="Free some space, or move the coordinator's folder to a larger disk.",
+            folder=folder,
+        )
+
+
+def _store_content(
+    blobs: BlobStore, checkpoint: Checkpoint, progress: Progress
+) -> tuple[Content, dict[str, str]]:
+    tensors, masters = [], {}
+    for name, spec in checkpoint.tensors.items():
+        if spec.dtype in FLOATS:
+            sha256, masters[name] = _store_float(blobs, checkpoint, spec, progress)
+        else:
+            sha256 = _store_buffer(blobs, checkpoint, spec, progress)
+        tensors.append(
+            TensorEntry(
+                name=name, dtype=spec.dtype, shape=spec.shape, sha256=sha256, nbytes=spec.nbytes
+            )
+        )
+    files = []
+    for path in checkpoint.files():
+        sha256, size = blobs.put_file(checkpoint.folder / path)
+        files.append(FileEntry(path=path.as_posix(), size=size, sha256=sha256))
+    return Content(tuple(tensors), tuple(sorted(files, key=lambda entry: entry.path))), masters
+
+
+def _store_float(
+    blobs: BlobStore, checkpoint: Checkpoint, spec: TensorSpec, progress: Progress
+) -> tuple[str, str]:
+    with TensorSink(blobs, spec.name, spec.dtype) as sink:
+        for start, stop in blocks(spec.size):
+            block = checkpoint.block(spec.name, start, stop)
+            sink.write(block)
+            progress(nbytes(spec.dtype, block.shape))
+        stored = sink.commit()
+    return stored.published, stored.master
+
+
+def _store_buffer(
+    blobs: BlobStore, checkpoint: Checkpoint, spec: TensorSpec, progress: Progress
+) -> str:
+    with blobs.writer() as writer:
+        for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
+            chunk = checkpoint.raw(spec.name, start, stop)
+            writer.write(bytes(chunk))
+            progress(len(chunk))
+        return writer.commit()[0]
+
+
+def _publish(
+    store: Store, model: Model, content: Content, masters: dict[str, str], now: datetime
+) -> None:
+    with store.database.write() as session:
+        if session.get(Model, model.name) is not None:
+            raise _exists(model.name)
+        session.add(model)
+        digests = release_table.add_content(session, content, masters, now)
+        release_table.publish(
+            session, store.signer, model.name, *digests, now, recipe={"method": "import"}
+        )
