@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import shutil
@@ -141,6 +142,7 @@ def _assemble(
     damaged: set[Path] = set()
     sizes = _sizes(content)
     cache = session.home.cache / "blobs"
+    about = _release_json(session, content, release)
     for left in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
         shutil.rmtree(left, ignore_errors=True)
     while True:
@@ -149,7 +151,7 @@ def _assemble(
         require_space(session.home.path, _needed(content, missing, cache), "this release")
         fetch(session, missing, cache, Counter("download", sum(missing.values()), progress))
         try:
-            _write(content, release, folder, local, cache, progress)
+            _write(content, about, folder, local, cache, progress)
         except _DamagedError as error:
             damaged.add(error.folder)
             continue
@@ -173,7 +175,7 @@ def _needed(content: Content, missing: dict[str, int], cache: Path) -> int:
 
 def _write(
     content: Content,
-    release: models_pb2.Release,
+    about: bytes,
     folder: Path,
     local: dict[str, _Source],
     cache: Path,
@@ -200,7 +202,7 @@ def _write(
             if hashlib.sha256(data).hexdigest() != file.sha256:
                 raise _damaged(source, path)
             writer.write_file(file.path, data)
-        writer.write_file(RELEASE_JSON, _release_json(content, release))
+        writer.write_file(RELEASE_JSON, about)
 
 
 def _tensor_blocks(
@@ -235,14 +237,17 @@ def _damaged(source: _Source | None, cached: Path) -> Exception:
     )
 
 
-def _release_json(content: Content, release: models_pb2.Release) -> bytes:
-    record = release.record
+def _release_json(session: Session, content: Content, release: models_pb2.Release) -> bytes:
+    """The same as an export writes. A candidate has no record."""
+    document, signature = release.record.document, release.record.signature
     body = {
-        "record": record.document.decode("ascii") if record.document else None,
-        "signature": record.signature.hex() if record.signature else None,
+        "record": json.loads(document) if document else None,
+        "document": base64.b64encode(document).decode(),
+        "signature": base64.b64encode(signature).decode(),
+        "signing_key": session.member.signing_key,
         "listing": content.to_json(),
     }
-    return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
+    return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _listing(folder: Path, digest: str | None = None) -> Content | None:

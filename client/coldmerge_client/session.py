@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -114,7 +114,7 @@ class Session:
 
     def _rebuild(self) -> None:
         self.close()
-        self._chain = self.home.certificate.read_bytes()
+        self._chain = self._on_disk()
         self._channel = secure_channel(
             self.member.address,
             self.home.root_pem.read_bytes(),
@@ -122,19 +122,27 @@ class Session:
             self.home.tls_key.read_bytes(),
         )
 
-    def _another_certificate(self) -> bool:
-        """Whether another process renewed ours; then the next call uses the new one."""
+    def _fresh_certificate(self, error: UnauthenticatedError) -> bool:
+        """Whether there is another certificate to try after `error`; the next call uses it.
+
+        Another process may have renewed it, or the coordinator's clock may be ahead.
+        """
         with self._lock:
-            changed = self.home.certificate.read_bytes() != self._chain
+            if error.code == "auth.expired" and self._on_disk() == self._chain:
+                renew(self.home, clock=self.clock)
+            changed = self._on_disk() != self._chain
             if changed:
                 self.close()
             return changed
 
+    def _on_disk(self) -> bytes:
+        return self.home.certificate.read_bytes()
+
     def _trying(self, action: Callable[[], _Answer]) -> _Answer:
         try:
             return action()
-        except UnauthenticatedError:
-            if not self._another_certificate():
+        except UnauthenticatedError as error:
+            if not self._fresh_certificate(error):
                 raise
             return action()
 
@@ -149,18 +157,12 @@ class Session:
             self._connected()
         )
 
-    def _ask(
-        self,
-        stubs: Callable[[], Any],
-        method: str,
-        request: object,
-        patience: float | None = None,
-    ) -> Any:
+    def _ask(self, stubs: Callable[[], Any], method: str, request: object) -> Any:
         return self._trying(
             lambda: call(
                 getattr(stubs(), method),
                 request,
-                patience=self.timeout if patience is None else patience,
+                patience=self.timeout,
                 on_retry=self.on_retry,
             )
         )
@@ -239,26 +241,23 @@ class Session:
         found = self.rounds(model, 1)
         return found[0] if found else None
 
-    def watch_round(
-        self, model: str, *, patience: float | None = None
-    ) -> Iterator[common_pb2.Round]:
+    def watch_round(self, model: str) -> Generator[common_pb2.Round, None, None]:
         """The newest round now, then at every change; reconnects when the link breaks.
 
         Raises:
-            UnavailableError: the coordinator stayed away for `patience` seconds
-                (default: the session's timeout).
+            UnavailableError: the coordinator stayed away for the session's timeout.
         """
         request = rounds_pb2.WatchRoundsRequest(model=model)
         probe = rounds_pb2.ListRoundsRequest(model=model, limit=1)
         while True:
-            self._ask(self._rounds, "List", probe, patience)
+            self._ask(self._rounds, "List", probe)
             opened = time.monotonic()
             try:
                 yield from server_stream(self._rounds().Watch, request)
             except UnavailableError:
                 pass
-            except UnauthenticatedError:
-                if not self._another_certificate():
+            except UnauthenticatedError as error:
+                if not self._fresh_certificate(error):
                     raise
             time.sleep(max(0.0, _BETWEEN_WATCHES - (time.monotonic() - opened)))
 

@@ -1,0 +1,231 @@
+"""The contributor's loop: wait for a round, pull, train, push, judge the candidate, again.
+
+Every step looks first at what is done already, on disk and at the coordinator, so the
+loop may be killed anywhere and started again: training resumes, an upload goes on, a
+candidate is judged once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+from coldmerge.core.errors import ConflictError, PermissionDeniedError
+from coldmerge.wire.v1 import common_pb2, contributions_pb2
+from coldmerge_client.evaluate import evaluate, report
+from coldmerge_client.files import exclusive
+from coldmerge_client.outbox import Outbox
+from coldmerge_client.policy import SendPolicy
+from coldmerge_client.prepare import Facts, base_of, prepare
+from coldmerge_client.progress import Progress, silent
+from coldmerge_client.pull import prune, pull
+from coldmerge_client.push import Approve, send
+from coldmerge_client.session import Session
+from coldmerge_client.train import forget, train
+from coldmerge_client.training.config import TrainConfig
+
+Kind = Literal["waiting", "training", "sending", "sent", "skipped", "evaluating", "evaluated"]
+_State = common_pb2.Round
+_ENDED = frozenset({_State.PUBLISHED, _State.REJECTED, _State.ABANDONED})
+_ADMITTED = contributions_pb2.Contribution.ADMITTED
+_NOT_APPROVED = "not approved"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something the loop does or did; `text` is one sentence for a person."""
+
+    kind: Kind
+    text: str
+    round: common_pb2.Round | None = None
+
+
+def unheard(step: Step) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How to take part. `keep` is the number of pulled releases that stay on the disk."""
+
+    config: TrainConfig
+    policy: SendPolicy
+    approve: Approve | None = None
+    progress: Progress = silent
+    tell: Callable[[Step], None] = unheard
+    keep: int = 3
+
+
+def contribute(
+    session: Session,
+    model: str,
+    terms: Terms,
+    *,
+    rounds: int | None = None,
+) -> Iterator[common_pb2.Round]:
+    """Take part in round after round; each is yielded when it has ended.
+
+    An organization enrolled as evaluator only judges candidates. A round that a person
+    did not approve is left out and not counted.
+
+    Args:
+        session: the connection. It reconnects when the coordinator restarts; its
+            timeout says how long the coordinator may stay away.
+        model: name of the model.
+        terms: training configuration, policy, whom to ask and whom to tell.
+        rounds: end after that many rounds; None: go on for ever.
+
+    Raises:
+        UnavailableError: the coordinator stayed away longer.
+        ConflictError: another process of this home takes part already.
+    """
+    loop = _Loop(session, model, terms)
+    with exclusive(session.home.lock(f"contribute-{model}"), f"rounds of {model}", wait=False):
+        finished = 0
+        while rounds is None or finished < rounds:
+            current = loop.next()
+            for ended in loop.settle(current):
+                finished += 1
+                yield ended
+            if rounds is None or finished < rounds:
+                loop.act(current)
+
+
+class _Loop:
+    """One run of the loop: which rounds we are part of, and what to do about a round."""
+
+    def __init__(self, session: Session, model: str, terms: Terms) -> None:
+        self.session = session
+        self.model = model
+        self.terms = terms
+        self.outbox = Outbox(session.home)
+        self.part_of: set[str] = set()
+        self.last: bytes | None = None
+
+    def next(self) -> common_pb2.Round:
+        """The newest round, as soon as it differs from the one looked at last."""
+        with closing(self.session.watch_round(self.model)) as watch:
+            current = next(
+                found for found in watch if found.SerializeToString(deterministic=True) != self.last
+            )
+        self.last = current.SerializeToString(deterministic=True)
+        return current
+
+    def settle(self, current: common_pb2.Round) -> list[common_pb2.Round]:
+        """The rounds we were part of that have ended; their release is pulled."""
+        ours = [
+            current if current.id == round_id else self.session.round(round_id)
+            for round_id in sorted(self.part_of)
+        ]
+        ended = [found for found in ours if found.state in _ENDED]
+        if any(found.state == _State.PUBLISHED for found in ended):
+            latest = pull(self.session, self.model, progress=self.terms.progress)
+            forget(self.session.home, self.model, keep=latest)
+            prune(self.session.home, self.model, keep=self.terms.keep)
+        self.part_of.difference_update(found.id for found in ended)
+        return ended
+
+    def act(self, current: common_pb2.Round) -> None:
+        """Do what `current` asks of us now."""
+        if current.state == _State.OPEN:
+            self._contribute(current)
+        elif current.state not in _ENDED:
+            self._judge(current)
+
+    def _tell(self, kind: Kind, text: str, round_: common_pb2.Round) -> None:
+        self.terms.tell(Step(kind, text, round_))
+
+    def _contributed(self, round_: common_pb2.Round) -> bool:
+        if round_.id in self.part_of:
+            return True
+        if self.session.member.role == "evaluator":
+            self.part_of.add(round_.id)
+            return True
+        mine = self.session.contributions(self.model, round_.id)
+        if any(contribution.state == _ADMITTED for contribution in mine):
+            self.part_of.add(round_.id)
+        return round_.id in self.part_of
+
+    def _declined(self, round_: common_pb2.Round) -> bool:
+        return any(
+            entry.manifest.round == round_.id and entry.reason == _NOT_APPROVED
+            for entry in self.outbox.entries(self.model)
+        )
+
+    def _contribute(self, round_: common_pb2.Round) -> None:
+        if self._contributed(round_) or self._declined(round_):
+            return
+        try:
+            self._send(round_)
+        except ConflictError:
+            if self.session.round(round_.id).state == _State.OPEN:
+                raise
+            self._give_up(round_, "the round ended before the contribution was sent")
+        self.last = None
+
+    def _send(self, round_: common_pb2.Round) -> None:
+        terms, session = self.terms, self.session
+        entry = self.outbox.for_round(round_.id)
+        if entry is None or not entry.pending:
+            self._tell("training", f"Training on release {round_.base_number}", round_)
+            base = base_of(session, round_, terms.progress)
+            trained = train(session.home, base, terms.config, progress=terms.progress)
+            facts = Facts(trained.examples, trained.metrics, trained.training)
+            entry = prepare(
+                session,
+                round_,
+                trained.folder,
+                facts,
+                policy=terms.policy,
+                progress=terms.progress,
+            )
+        self._tell("sending", f"Sending {entry.manifest.payload_bytes} bytes", round_)
+        try:
+            send(
+                session,
+                entry,
+                policy=terms.policy,
+                approve=terms.approve,
+                progress=terms.progress,
+            )
+        except PermissionDeniedError as error:
+            if error.code != "push.not_approved":
+                raise
+            self._give_up(round_, _NOT_APPROVED)
+            return
+        self.part_of.add(round_.id)
+        self._tell("sent", "The contribution is durable at the coordinator", round_)
+
+    def _give_up(self, round_: common_pb2.Round, reason: str) -> None:
+        entry = self.outbox.for_round(round_.id)
+        if entry is not None and entry.pending:
+            self.outbox.refuse(entry, reason)
+        self._tell("skipped", f"Not part of this round: {reason}", round_)
+
+    def _judge(self, round_: common_pb2.Round) -> None:
+        """Report on a candidate, once."""
+        if not self._contributed(round_) or round_.state != _State.CANDIDATE:
+            return
+        if round_.min_evaluators == 0 or self._judged() == round_.candidate_digest:
+            return
+        self._tell("evaluating", "Judging the candidate on our own data", round_)
+        scores = evaluate(self.session, round_, self.terms.config, progress=self.terms.progress)
+        try:
+            report(self.session, round_, scores)
+        except ConflictError:
+            if self.session.round(round_.id).state == _State.CANDIDATE:
+                raise
+            self._tell("skipped", "The gate had decided before our report", round_)
+        else:
+            change = 100 * (scores.candidate.accuracy - scores.base.accuracy)
+            self._tell("evaluated", f"Accuracy {change:+.1f} points on {scores.n} items", round_)
+        with self.session.home.state() as state:
+            state.setdefault("judged", {})[self.model] = round_.candidate_digest
+        self.last = None
+
+    def _judged(self) -> str | None:
+        with self.session.home.state() as state:
+            found: str | None = state.get("judged", {}).get(self.model)
+        return found

@@ -1,0 +1,87 @@
+"""Judging a candidate at home: the same seeded probe on base and candidate, in pairs.
+
+Only counts and scores are reported; texts, labels and predictions stay here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coldmerge.core.documents import Evaluation, sign
+from coldmerge.core.errors import ConflictError
+from coldmerge.evaluation.metrics import PairedScores, paired
+from coldmerge.wire.v1 import common_pb2
+from coldmerge_client import sent_log
+from coldmerge_client.prepare import base_of
+from coldmerge_client.progress import Progress, silent
+from coldmerge_client.pull import pull_candidate
+from coldmerge_client.session import Session
+from coldmerge_client.training.config import TrainConfig
+from coldmerge_client.training.trainer import EvaluateJob, load_trainer
+
+
+def evaluate(
+    session: Session,
+    round_: common_pb2.Round,
+    config: TrainConfig,
+    *,
+    progress: Progress = silent,
+) -> PairedScores:
+    """Compare a round's candidate with its base on this machine's validation data.
+
+    Raises:
+        ConflictError: the round has no candidate to judge.
+        DataError: the validation data cannot be used.
+    """
+    if round_.state != common_pb2.Round.CANDIDATE:
+        raise ConflictError(
+            "evaluate.no_candidate",
+            "The round has no candidate that waits for evaluations.",
+            expected="a round in CANDIDATE",
+            got=common_pb2.Round.State.Name(round_.state),
+            hint="Follow it with `coldmerge watch`.",
+            round=round_.id,
+        )
+    base = base_of(session, round_, progress)
+    candidate = pull_candidate(session, round_.model, round_.candidate_digest, progress=progress)
+    job = EvaluateJob(
+        release=base.folder,
+        config=config,
+        seed=round_.probe_seed,
+        cache=session.home.cache / "features",
+        digest=base.digest,
+    )
+    trainer = load_trainer(config)
+    before = trainer.predict(job, progress)
+    after = trainer.predict(
+        replace(job, release=candidate.folder, digest=candidate.digest), progress
+    )
+    return paired(before.labels, before.predicted, after.predicted)
+
+
+def report(session: Session, round_: common_pb2.Round, scores: PairedScores) -> Evaluation:
+    """Sign a paired evaluation, write it to the sent log and hand it in.
+
+    Raises:
+        ConflictError: the gate has decided already.
+    """
+    evaluation = Evaluation(
+        federation=session.member.federation,
+        model=round_.model,
+        round=round_.id,
+        contributor=session.member.contributor,
+        base_digest=round_.base_digest,
+        candidate_digest=round_.candidate_digest,
+        n=scores.n,
+        base=scores.base,
+        candidate=scores.candidate,
+        gained=scores.gained,
+        lost=scores.lost,
+        probe_seed=round_.probe_seed,
+        created_at=session.clock.now(),
+    )
+    sent_log.record(
+        session.home, "evaluation", evaluation.model_dump(mode="json"), session.clock.now()
+    )
+    session.report_evaluation(sign(evaluation, session.home.identity_key()))
+    return evaluation

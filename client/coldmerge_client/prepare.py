@@ -1,0 +1,262 @@
+"""Between a fine-tune and the outbox: extract what changed, sign it, say what would leave."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.documents import Manifest, sign
+from coldmerge.core.errors import (
+    ConflictError,
+    DataError,
+    IntegrityError,
+    PermissionDeniedError,
+)
+from coldmerge.core.extraction import Extraction, extract
+from coldmerge.core.task_vector import TaskVector
+from coldmerge.wire.v1 import common_pb2
+from coldmerge_client.files import exclusive
+from coldmerge_client.outbox import PAYLOAD, Outbox, OutboxEntry
+from coldmerge_client.policy import SendPolicy
+from coldmerge_client.progress import Counter, Progress, silent
+from coldmerge_client.pull import Pulled, pull
+from coldmerge_client.session import Session
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The numbers about training that go into a manifest."""
+
+    examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    training: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """All that would leave with a contribution, and what stays and why.
+
+    `tensors` pairs each name with its bytes. Besides tensors only `numbers` leave:
+    what the signed manifest says.
+    """
+
+    model: str
+    base_number: int
+    kind: str
+    encoding: str
+    tensors: tuple[tuple[str, int], ...]
+    payload_bytes: int
+    norm: float
+    numbers: Mapping[str, float]
+    kept_home: tuple[tuple[str, str], ...]
+    unchanged: int
+
+
+def open_round(session: Session, model: str, base: int | None = None) -> common_pb2.Round:
+    """The round that takes contributions now.
+
+    Raises:
+        ConflictError: none is open, or the open one is on another release than `base`.
+    """
+    found = session.newest_round(model)
+    if found is None or found.state != common_pb2.Round.OPEN:
+        state = "no round yet" if found is None else common_pb2.Round.State.Name(found.state)
+        raise ConflictError(
+            "push.no_open_round",
+            f"No round of {model} takes contributions now.",
+            expected="a round that is OPEN",
+            got=state,
+            hint="Wait for the next one with `coldmerge watch`; the fine-tune is kept.",
+            model=model,
+        )
+    if base is not None and base != found.base_number:
+        raise ConflictError(
+            "push.other_base",
+            "The open round is on another release than this fine-tune.",
+            expected=f"release {found.base_number}",
+            got=f"release {base}",
+            hint=f"Fine-tune release {found.base_number} (`coldmerge pull`), then push again.",
+            model=model,
+            round=found.id,
+        )
+    return found
+
+
+def base_of(session: Session, round_: common_pb2.Round, progress: Progress = silent) -> Pulled:
+    """The release a round is on, pulled and verified.
+
+    Raises:
+        IntegrityError: the round names another digest than the signed record.
+    """
+    base = pull(session, round_.model, round_.base_number, progress=progress)
+    if base.digest != round_.base_digest:
+        raise IntegrityError(
+            "push.round_on_unknown_base",
+            "The round is on another content than the signed release of that number.",
+            expected=base.digest,
+            got=round_.base_digest,
+            hint="Do not contribute; ask the coordinator's admin what happened.",
+            round=round_.id,
+        )
+    return base
+
+
+def prepare(
+    session: Session,
+    round_: common_pb2.Round,
+    tuned: Path,
+    facts: Facts,
+    *,
+    policy: SendPolicy | None = None,
+    progress: Progress = silent,
+) -> OutboxEntry:
+    """Extract what the fine-tune in `tuned` changed, sign it and put it in the outbox.
+
+    An entry of the same round that was not sent yet is given up for this one.
+
+    Raises:
+        TaskVectorError: shapes differ, a value is not finite, or nothing changed.
+        PermissionDeniedError: it is larger than the policy allows.
+    """
+    home, outbox = session.home, Outbox(session.home)
+    policy = policy or SendPolicy.load(home.policy)
+    base = base_of(session, round_, progress)
+    with exclusive(home.lock("outbox"), "the outbox", wait=True):
+        outbox.tidy()
+        draft = outbox.draft()
+        try:
+            found = _extract(base, tuned, draft / PAYLOAD, policy, progress)
+            manifest = _manifest(session, base, round_.id, found, facts, policy)
+            check_size(manifest, policy)
+            signed = sign(manifest, home.identity_key())
+            _give_up_earlier(outbox, round_.id)
+            return outbox.commit(
+                draft, signed, kept_home=found.kept_home, unchanged=len(found.unchanged)
+            )
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def preview(
+    session: Session,
+    base: Pulled,
+    tuned: Path,
+    facts: Facts,
+    *,
+    policy: SendPolicy | None = None,
+    progress: Progress = silent,
+) -> Leaving:
+    """What a push of `tuned` would send. Nothing is signed, kept or sent."""
+    policy = policy or SendPolicy.load(session.home.policy)
+    session.home.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=session.home.cache) as folder:
+        found = _extract(base, tuned, Path(folder) / PAYLOAD, policy, progress)
+        manifest = _manifest(session, base, "none-yet", found, facts, policy)
+        check_size(manifest, policy)
+    return _leaving(manifest, found.kept_home, len(found.unchanged))
+
+
+def _extract(
+    base: Pulled, tuned: Path, out: Path, policy: SendPolicy, progress: Progress
+) -> Extraction:
+    checkpoint = Checkpoint.open(base.folder)
+    elements = sum(spec.size for spec in checkpoint.tensors.values())
+    return extract(
+        checkpoint,
+        tuned,
+        out,
+        base_digest=base.digest,
+        private=(*base.private, *policy.private),
+        encoding=policy.encoding,
+        progress=Counter("extract", elements, progress).add,
+    )
+
+
+def _manifest(
+    session: Session,
+    base: Pulled,
+    round_id: str,
+    found: Extraction,
+    facts: Facts,
+    policy: SendPolicy,
+) -> Manifest:
+    vector: TaskVector = found.task_vector
+    try:
+        return Manifest(
+            federation=session.member.federation,
+            model=base.model,
+            round=round_id,
+            contributor=session.member.contributor,
+            base_digest=base.digest,
+            base_number=base.number or 0,
+            nonce=secrets.token_hex(16),
+            created_at=session.clock.now(),
+            kind=vector.kind,
+            encoding=vector.encoding,
+            tensors=found.entries,
+            scaling=vector.scaling,
+            examples=facts.examples,
+            norm=found.norm,
+            metrics=dict(facts.metrics) if policy.metrics else {},
+            training=dict(facts.training) if policy.metrics else {},
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise DataError(
+            "push.bad_numbers",
+            f"The facts about training cannot be sent: {first['msg']}.",
+            expected="finite numbers under lower-case names, and at least one example",
+            got=f"{'.'.join(map(str, first['loc']))} = {first['input']}",
+            hint="Correct the trainer, or pass --examples; `metrics: false` in policy.yaml "
+            "leaves the metrics at home.",
+        ) from error
+
+
+def check_size(manifest: Manifest, policy: SendPolicy) -> None:
+    """Hold a contribution against the owner's limit.
+
+    Raises:
+        PermissionDeniedError: it is larger.
+    """
+    if policy.max_bytes is not None and manifest.payload_bytes > policy.max_bytes:
+        raise PermissionDeniedError(
+            "push.over_own_limit",
+            "The contribution is larger than this machine's policy allows.",
+            expected=f"at most {policy.max_bytes} bytes",
+            got=f"{manifest.payload_bytes} bytes",
+            hint="Raise max_bytes in policy.yaml, use `encoding: bf16`, or train with LoRA.",
+        )
+
+
+def _give_up_earlier(outbox: Outbox, round_id: str) -> None:
+    for entry in outbox.entries():
+        if entry.pending and entry.manifest.round == round_id:
+            outbox.refuse(entry, "replaced by a newer fine-tune before it was sent")
+
+
+def describe(entry: OutboxEntry) -> Leaving:
+    """Exactly what would leave with `entry`: nothing else is in the messages."""
+    return _leaving(entry.manifest, entry.kept_home, entry.unchanged)
+
+
+def _leaving(manifest: Manifest, kept_home: tuple[tuple[str, str], ...], unchanged: int) -> Leaving:
+    return Leaving(
+        model=manifest.model,
+        base_number=manifest.base_number,
+        kind=manifest.kind,
+        encoding=manifest.encoding,
+        tensors=tuple((tensor.name, tensor.nbytes) for tensor in manifest.tensors),
+        payload_bytes=manifest.payload_bytes,
+        norm=manifest.norm,
+        numbers={"examples": manifest.examples, **manifest.metrics, **manifest.training},
+        kept_home=kept_home,
+        unchanged=unchanged,
+    )

@@ -1,0 +1,104 @@
+"""Fine-tuning a pulled release at home, once, and keeping the private head."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from coldmerge.core.files import fsync_path
+from coldmerge_client.files import exclusive, read_json, write_json
+from coldmerge_client.home import Home
+from coldmerge_client.progress import Progress, silent
+from coldmerge_client.pull import Pulled
+from coldmerge_client.training.config import TrainConfig
+from coldmerge_client.training.trainer import Trained, TrainJob, load_trainer
+
+
+def train(home: Home, base: Pulled, config: TrainConfig, *, progress: Progress = silent) -> Trained:
+    """Fine-tune `base` by `config`; the same again answers at once, an interrupted one resumes.
+
+    The private head is kept in the home folder and starts the next training.
+
+    Raises:
+        ConflictError: another process trains this model.
+        DataError: the training data cannot be used.
+    """
+    with exclusive(home.lock(f"train-{base.model}"), f"training {base.model}", wait=False):
+        trained = finished(home, base, config)
+        if trained is None:
+            head = home.head(base.model)
+            job = TrainJob(
+                release=base.folder,
+                out=_folder(home, base) / "run",
+                head=head if head.exists() else None,
+                config=config,
+                seed=config.seed,
+                private=base.private,
+                digest=base.digest,
+            )
+            trained = load_trainer(config).train(job, progress)
+            _remember(home, base, config, trained)
+        if trained.head is not None:
+            _keep_head(trained.head, home.head(base.model))
+        return trained
+
+
+def finished(home: Home, base: Pulled, config: TrainConfig | None = None) -> Trained | None:
+    """The finished fine-tune of `base` (by `config`, when given), if there is one."""
+    path = _folder(home, base) / "trained.json"
+    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    if not found or (config and found["config"] != config.model_dump(mode="json")):
+        return None
+    folder, head = Path(found["folder"]), found["head"]
+    if not folder.exists():
+        return None
+    return Trained(
+        folder=folder,
+        head=Path(head) if head and Path(head).exists() else None,
+        examples=found["examples"],
+        metrics=found["metrics"],
+        training=found["training"],
+    )
+
+
+def forget(home: Home, model: str, *, keep: Pulled | None = None) -> None:
+    """Remove the fine-tunes of a model, except those of release `keep`."""
+    kept = _folder(home, keep) if keep else None
+    work = home.work(model)
+    for folder in work.iterdir() if work.is_dir() else ():
+        if folder != kept:
+            shutil.rmtree(folder)
+
+
+def _folder(home: Home, base: Pulled) -> Path:
+    return home.work(base.model) / base.digest[:16]
+
+
+def _remember(home: Home, base: Pulled, config: TrainConfig, trained: Trained) -> None:
+    write_json(
+        _folder(home, base) / "trained.json",
+        {
+            "config": config.model_dump(mode="json"),
+            "folder": str(trained.folder),
+            "head": str(trained.head) if trained.head else None,
+            "examples": trained.examples,
+            "metrics": trained.metrics,
+            "training": trained.training,
+        },
+    )
+
+
+def _keep_head(made: Path, head: Path) -> None:
+    """Copy beside, then swap: a crash leaves the old head or the new one."""
+    if made.resolve() == head.resolve():
+        return
+    beside, before = head.with_name(f".{head.name}.new"), head.with_name(f".{head.name}.old")
+    for left in (beside, before):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(made, beside)
+    if head.exists():
+        head.rename(before)
+    beside.rename(head)
+    fsync_path(head.parent)
+    shutil.rmtree(before, ignore_errors=True)
