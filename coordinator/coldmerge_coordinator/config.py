@@ -22,12 +22,13 @@ Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,253}$")]
 
 
 class Limits(BaseModel):
-    """What one contributor may take."""
+    """What one contributor may take, and how much of the disk no upload may touch."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_payload_bytes: int = Field(default=200 * 2**30, ge=1)
     max_open_uploads: int = Field(default=4, ge=1)
+    keep_free_bytes: int = Field(default=256 * 2**20, ge=0)
 
 
 class CoordinatorConfig(BaseModel):
@@ -89,8 +90,8 @@ def load(folder: Path) -> CoordinatorConfig:
         key = ".".join(str(part) for part in first["loc"]) or "the top level"
         raise ConfigError(
             "config.invalid",
-            f"{path} is wrong at {key}: {first['msg']}.",
-            hint="docs/coordinator.md lists every key with its default.",
+            f"{path} is wrong at {key}: {first['msg'].removesuffix('.')}.",
+            hint=f"The keys are {', '.join(CoordinatorConfig.model_fields)}.",
             key=key,
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -105,6 +106,7 @@ def save(config: CoordinatorConfig, folder: Path) -> None:
     """Write `config.yaml` into `folder`, whole or not at all."""
     temporary = folder / f".{FILE_NAME}.{os.getpid()}"
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    temporary.touch(mode=0o600)  # the database URL may hold a password
     temporary.write_text(text, encoding="utf-8")
     fsync_path(temporary)
     temporary.rename(folder / FILE_NAME)
