@@ -8,11 +8,9 @@ from typing import Annotated
 import typer
 
 from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, coordinator_folder, local
-from coldmerge.cli.output import Format, FormatOption, err, out, print_record, print_rows, transfer
+from coldmerge.cli.output import Format, FormatOption, byte_bar, err, out, print_record, print_rows
 
-group = typer.Typer(
-    help="Add and list models.", no_args_is_help=True, rich_markup_mode="markdown"
-)
+group = typer.Typer(help="Add and list models.", no_args_is_help=True, rich_markup_mode="markdown")
 
 
 def register(app: typer.Typer) -> None:
@@ -25,9 +23,7 @@ def register(app: typer.Typer) -> None:
 )
 def add(
     name: Annotated[str, typer.Argument(help="Name of the model.")],
-    source: Annotated[
-        Path, typer.Option("--from", help="A Hugging Face folder with safetensors.")
-    ],
+    source: Annotated[Path, typer.Option("--from", help="A Hugging Face folder with safetensors.")],
     private: Annotated[
         list[str] | None,
         typer.Option(help="Tensors that never leave a contributor, such as 'classifier.*'."),
@@ -39,25 +35,26 @@ def add(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Import a pretrained model as release 0. The coordinator may be running."""
+    from coldmerge.core.checkpoint import Checkpoint
     from coldmerge.rounds.policy import RoundTemplate, load_yaml
     from coldmerge_coordinator.importing import add_model
     from coldmerge_coordinator.store import Store
 
     rules = load_yaml(template) if template else RoundTemplate()
     store = Store.open(coordinator_folder(folder))
-    with transfer(f"importing {name}", fmt) as progress:
-        release = add_model(
-            store, name, source, private=tuple(private or ()), template=rules, progress=progress
-        )
-    for warning in release.warnings:
-        err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    total = sum(spec.nbytes for spec in Checkpoint.open(source).tensors.values())
+    with byte_bar("import", total, fmt) as progress:
+        made = add_model(store, name, source, tuple(private or ()), rules, progress=progress)
+    for note in made.notes:
+        err.print(f"[yellow]note:[/yellow] {note}", highlight=False)
     print_record(
         {
             "model": name,
             "release": 0,
-            "digest": release.content_digest,
-            "tensors": release.tensors,
-            "bytes": release.nbytes,
+            "digest": made.digest,
+            "tensors": made.tensors,
+            "shared_tensors": made.shared,
+            "bytes": made.nbytes,
         },
         fmt,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,20 +15,17 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.table import Table
 
 from coldmerge.core.errors import ColdmergeError
 
-ProgressCallback = Callable[[int, int], None]
-"""Called with (done, total); both grow or stay."""
+_IN_BYTES = {"pull", "upload", "import", "export"}
 
 
 class Format(StrEnum):
@@ -110,37 +108,49 @@ def size(nbytes: int) -> str:
 
 
 @contextmanager
-def transfer(label: str, fmt: Format = Format.TABLE) -> Iterator[ProgressCallback]:
-    """A progress bar in bytes with speed and time left, on standard error."""
-    columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with _progress(label, fmt, *columns) as advance:
-        yield advance
+def bars(fmt: Format) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on standard error, one per step, bytes where a step counts bytes.
 
-
-@contextmanager
-def steps(label: str, fmt: Format = Format.TABLE) -> Iterator[ProgressCallback]:
-    """A progress bar in whole steps, on standard error."""
-    with _progress(label, fmt, MofNCompleteColumn(), TimeRemainingColumn()) as advance:
-        yield advance
-
-
-@contextmanager
-def _progress(label: str, fmt: Format, *columns: object) -> Iterator[ProgressCallback]:
-    shown = fmt is Format.TABLE and err.is_terminal
-    bar = Progress(
+    Yields the callback `(step, done, total)` that the libraries report to. Nothing is
+    drawn for scripts.
+    """
+    columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        *columns,  # type: ignore[arg-type]
-        console=err,
-        disable=not shown,
-        transient=True,
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(),
     )
-    with bar:
-        task = bar.add_task(label, total=None)
+    shown = fmt is Format.TABLE and err.is_terminal
+    with Progress(*columns, console=err, disable=not shown, transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+        started: dict[str, float] = {}
 
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def update(step: str, done: int, total: int) -> None:
+            if step not in tasks or done == 0:
+                if step in tasks:
+                    progress.remove_task(tasks[step])
+                tasks[step] = progress.add_task(step, total=total, amount="")
+                started[step] = time.monotonic()
+            seconds = max(time.monotonic() - started[step], 1e-3)
+            amount = f"{done}/{total}"
+            if step in _IN_BYTES:
+                amount = f"{size(done)}/{size(total)} {size(int(done / seconds))}/s"
+            progress.update(tasks[step], completed=done, total=total, amount=amount)
+
+        yield update
+
+
+@contextmanager
+def byte_bar(step: str, total: int, fmt: Format) -> Iterator[Callable[[int], None]]:
+    """One bar for a step that reports how many bytes it has just done."""
+    done = 0
+    with bars(fmt) as update:
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            update(step, done, total)
 
         yield advance
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, coordinator_folder, local
-from coldmerge.cli.output import Format, FormatOption, out, print_record, print_rows, transfer
+from coldmerge.cli.output import Format, FormatOption, byte_bar, out, print_record, print_rows
 
 group = typer.Typer(
     help="List, export and roll back releases.", no_args_is_help=True, rich_markup_mode="markdown"
@@ -45,9 +45,7 @@ def list_releases(
     from coldmerge.wire.v1 import models_pb2
 
     with local(folder) as coordinator:
-        found = ask(
-            coordinator.models.ListReleases, models_pb2.ListReleasesRequest(model=model)
-        )
+        found = ask(coordinator.models.ListReleases, models_pb2.ListReleasesRequest(model=model))
     print_rows([release_row(message) for message in found.releases], fmt, empty="No release yet.")
 
 
@@ -88,9 +86,18 @@ def export(
     from coldmerge_coordinator.store import Store
 
     store = Store.open(coordinator_folder(folder))
-    with transfer(f"exporting {model} {number}", fmt) as progress:
-        write(store, model, number, target, progress=progress)
-    print_record({"model": model, "release": number, "folder": str(target)}, fmt)
+    with byte_bar("export", 0, fmt) as progress:
+        made = write(store, model, number, target, progress=progress)
+    print_record(
+        {
+            "model": model,
+            "release": made.number,
+            "digest": made.digest,
+            "folder": str(target),
+            "bytes": made.nbytes,
+        },
+        fmt,
+    )
     if fmt is Format.TABLE:
         out.print(f'Load it: AutoModel.from_pretrained("{target}")', highlight=False)
 

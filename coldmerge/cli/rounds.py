@@ -98,9 +98,7 @@ def list_rounds(
     from coldmerge.wire.v1 import rounds_pb2
 
     with local(folder) as coordinator:
-        found = ask(
-            coordinator.rounds.List, rounds_pb2.ListRoundsRequest(model=model, limit=limit)
-        )
+        found = ask(coordinator.rounds.List, rounds_pb2.ListRoundsRequest(model=model, limit=limit))
     rows = [round_row(message) for message in found.rounds]
     print_rows(rows, fmt, empty=f"No round yet. Next: coldmerge round open {model}")
 
