@@ -84,6 +84,7 @@ class Database:
             Session(self._writer, expire_on_commit=False) as session,
             session.begin(),
         ):
+            session.connection()  # BEGIN now, not at the first query
             yield session
 
     def close(self) -> None:
