@@ -1,0 +1,234 @@
+"""What a manifest must say to be admitted: pure checks, before a byte of payload is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from coldmerge.core import dtypes
+from coldmerge.core.documents import Manifest, TensorEntry
+from coldmerge.core.errors import ManifestError, ResourceError, TaskVectorError
+from coldmerge.core.names import is_private, split_factor
+
+LORA_A = ".lora_A"
+LORA_B = ".lora_B"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a contribution must be against: one round, one exact release.
+
+    `tensors`: the release's tensors by name. `contributor`: who is calling, by
+    certificate.
+    """
+
+    federation: str
+    contributor: str
+    model: str
+    round: str
+    base_number: int
+    base_digest: str
+    tensors: Mapping[str, TensorEntry]
+    private: tuple[str, ...]
+    max_payload_bytes: int
+
+
+def check_manifest(manifest: Manifest, target: Target) -> None:
+    """Refuse a manifest that does not fit the round it is meant for.
+
+    Raises:
+        ManifestError: another federation, contributor, model or round; entries out of
+            order; a length that contradicts a shape.
+        TaskVectorError: another base; an unknown, private or unmergeable tensor; a wrong
+            shape or type; half of a LoRA pair.
+        ResourceError: larger than one contribution may be.
+    """
+    _check_addressee(manifest, target)
+    _check_order(manifest)
+    lora = _lora_targets(manifest)
+    _check_scaling(manifest, lora)
+    entries = {entry.name: entry for entry in manifest.tensors}
+    for entry in manifest.tensors:
+        _check_bytes(manifest, entry)
+        if split_factor(entry.name)[0] not in lora:
+            _check_full(manifest, entry, target)
+    for name in sorted(lora):
+        _check_pair(manifest, name, entries, target)
+    if manifest.payload_bytes > target.max_payload_bytes:
+        raise ResourceError(
+            "upload.too_large",
+            "The task vector is larger than one contribution may be.",
+            expected=f"at most {target.max_payload_bytes} bytes",
+            got=f"{manifest.payload_bytes} bytes",
+            hint="Send it as bf16 or as LoRA, or ask the admin to raise max_payload_bytes.",
+            round=manifest.round,
+        )
+
+
+def _names(manifest: Manifest) -> list[str]:
+    return [entry.name for entry in manifest.tensors]
+
+
+def _lora_targets(manifest: Manifest) -> set[str]:
+    parts = [split_factor(name) for name in _names(manifest)]
+    return {name for name, factor in parts if factor} if manifest.kind == "lora" else set()
+
+
+def _check_addressee(manifest: Manifest, target: Target) -> None:
+    for what, expected, got in (
+        ("federation", target.federation, manifest.federation),
+        ("contributor", target.contributor, manifest.contributor),
+        ("model", target.model, manifest.model),
+        ("round", target.round, manifest.round),
+    ):
+        if expected != got:
+            raise ManifestError(
+                "manifest.wrong_addressee",
+                f"The manifest names another {what}.",
+                expected=expected,
+                got=got,
+                hint="Prepare the contribution again, on the machine that sends it.",
+                round=target.round,
+            )
+    if (manifest.base_digest, manifest.base_number) != (target.base_digest, target.base_number):
+        raise TaskVectorError(
+            "manifest.wrong_base",
+            f"The task vector is against another release than round {target.round} needs.",
+            expected=f"release {target.base_number}, {target.base_digest}",
+            got=f"release {manifest.base_number}, {manifest.base_digest}",
+            hint=f"Run `coldmerge pull {target.model}`, fine-tune that release and push again.",
+            round=target.round,
+            model=target.model,
+        )
+
+
+def _check_order(manifest: Manifest) -> None:
+    names = _names(manifest)
+    for before, after in pairwise(names):
+        if before >= after:
+            raise ManifestError(
+                "manifest.not_sorted",
+                "The tensors of a manifest are not sorted by name, or one is listed twice.",
+                expected="names in rising order",
+                got=f"{before}, then {after}",
+                hint="Prepare the contribution with `coldmerge push`.",
+                round=manifest.round,
+            )
+
+
+def _check_scaling(manifest: Manifest, lora: set[str]) -> None:
+    if set(manifest.scaling) != lora:
+        odd = sorted(set(manifest.scaling) ^ lora)[:3]
+        raise ManifestError(
+            "manifest.wrong_scaling",
+            "A manifest must give a scaling for each LoRA target, and for nothing else.",
+            expected=f"{len(lora)} scalings",
+            got=f"{len(manifest.scaling)}; unmatched: {', '.join(odd)}",
+            hint="Prepare the contribution with `coldmerge push`.",
+            round=manifest.round,
+        )
+
+
+def _check_bytes(manifest: Manifest, entry: TensorEntry) -> None:
+    dtype = dtypes.ENCODINGS[manifest.encoding]
+    if entry.dtype != dtype:
+        raise TaskVectorError(
+            "manifest.wrong_dtype",
+            f"Tensor {entry.name} has another type than the manifest's encoding says.",
+            expected=f"{dtype} for {manifest.encoding}",
+            got=entry.dtype,
+            hint="Prepare the contribution with `coldmerge push`.",
+            round=manifest.round,
+        )
+    length = dtypes.nbytes(dtype, entry.shape)
+    if entry.nbytes != length or length == 0:
+        raise ManifestError(
+            "manifest.wrong_length",
+            f"Tensor {entry.name} is listed with a length that its shape does not have.",
+            expected=f"{length} bytes for {dtype} {list(entry.shape)}, and at least one element",
+            got=f"{entry.nbytes} bytes",
+            hint="Prepare the contribution with `coldmerge push`.",
+            round=manifest.round,
+        )
+
+
+def _base_tensor(manifest: Manifest, name: str, target: Target) -> TensorEntry:
+    if is_private(name, target.private):
+        raise TaskVectorError(
+            "manifest.private_tensor",
+            f"Tensor {name} is private in model {target.model}: it must stay with its owner.",
+            expected=f"nothing that matches {', '.join(target.private)}",
+            got=name,
+            hint="It was not stored. Prepare the contribution with `coldmerge push`.",
+            round=manifest.round,
+        )
+    base = target.tensors.get(name)
+    if base is None:
+        raise TaskVectorError(
+            "manifest.unknown_tensor",
+            f"Release {target.base_number} of {target.model} has no tensor {name}.",
+            expected=f"one of its {len(target.tensors)} tensors",
+            got=name,
+            hint="Only tensors of the release may be sent: new heads stay at home.",
+            round=manifest.round,
+        )
+    if base.dtype not in dtypes.FLOATS:
+        raise TaskVectorError(
+            "manifest.buffer",
+            f"Tensor {name} is a buffer: it does not take part in merging.",
+            expected=f"a tensor of type {' or '.join(sorted(dtypes.FLOATS))}",
+            got=base.dtype,
+            hint="Prepare the contribution with `coldmerge push`, which leaves buffers out.",
+            round=manifest.round,
+        )
+    return base
+
+
+def _check_full(manifest: Manifest, entry: TensorEntry, target: Target) -> None:
+    base = _base_tensor(manifest, entry.name, target)
+    if entry.shape != base.shape:
+        raise _wrong_shape(manifest, entry.name, list(base.shape), list(entry.shape))
+
+
+def _check_pair(
+    manifest: Manifest, name: str, entries: Mapping[str, TensorEntry], target: Target
+) -> None:
+    base = _base_tensor(manifest, name, target)
+    a, b = entries.get(name + LORA_A), entries.get(name + LORA_B)
+    if a is None or b is None:
+        raise TaskVectorError(
+            "manifest.missing_tensor",
+            f"The LoRA update of {name} lists only one of its two factors.",
+            expected=f"{name}{LORA_A} and {name}{LORA_B}",
+            got=name + (LORA_B if a is None else LORA_A),
+            hint="Prepare the contribution with `coldmerge push`.",
+            round=manifest.round,
+        )
+    if name in entries:
+        raise TaskVectorError(
+            "manifest.tensor_twice",
+            f"Tensor {name} is listed both whole and as LoRA factors.",
+            hint="Prepare the contribution with `coldmerge push`.",
+            round=manifest.round,
+        )
+    rank = a.shape[0] if a.shape else 0
+    right = ((rank, *base.shape[1:]), (base.shape[0] if base.shape else 0, rank))
+    if rank < 1 or len(base.shape) < 2 or (a.shape, b.shape) != right:
+        raise _wrong_shape(
+            manifest,
+            name,
+            f"factors [r, …] and [rows, r] of {list(base.shape)}, r at least 1",
+            f"{list(a.shape)} and {list(b.shape)}",
+        )
+
+
+def _wrong_shape(manifest: Manifest, name: str, expected: object, got: object) -> TaskVectorError:
+    return TaskVectorError(
+        "manifest.wrong_shape",
+        f"Tensor {name} does not have the release's shape.",
+        expected=expected,
+        got=got,
+        hint="Fine-tune the release itself: its vocabulary and layers must not be resized.",
+        round=manifest.round,
+    )

@@ -1,0 +1,192 @@
+"""The interceptors in front of every handler: who comes in, and how errors go out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+import grpc
+import structlog
+
+from coldmerge.core.clock import Clock
+from coldmerge.core.errors import ColdmergeError, ResourceError, UnauthenticatedError
+from coldmerge.core.files import raise_if_full
+from coldmerge.wire.errors import to_status
+from coldmerge.wire.version import CLIENT_KEY
+from coldmerge_coordinator.auth import (
+    Caller,
+    check_machine,
+    check_protocol,
+    check_role,
+    set_caller,
+)
+from coldmerge_coordinator.identity import read_peer
+from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.store.models import Machine
+
+log = structlog.get_logger(__name__)
+
+SEEN_EVERY = timedelta(seconds=30)
+UNGUARDED = "/grpc.health.v1.Health/"
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Stands before every handler: protocol, identity, revocation, role; and errors after.
+
+    Subclasses say how a caller is found.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    async def identify(self, _context: Any) -> Caller | None:
+        """Who calls; None where callers have no identity yet."""
+        raise NotImplementedError
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: Any
+    ) -> Any:
+        """Wrap the handler that gRPC found."""
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(UNGUARDED):
+            return handler
+        if handler.response_streaming:
+            stream = _guarded_stream(self, details, handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(
+                stream, handler.request_deserializer, handler.response_serializer
+            )
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                _guarded(self, details, handler.stream_unary),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _guarded(self, details, handler.unary_unary),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    async def admit(self, details: Any, context: Any) -> None:
+        """Let the call in, or raise.
+
+        Raises:
+            ColdmergeError: the reason it may not come in.
+        """
+        metadata = dict(details.invocation_metadata or ())
+        check_protocol(metadata, self.store.config.min_protocol)
+        found = await self.identify(context)
+        if found is None:
+            return
+        check_role(found, details.method)
+        set_caller(found)
+        await self.seen(found, str(metadata.get(CLIENT_KEY, ""))[:64])
+
+    async def seen(self, found: Caller, client_version: str) -> None:
+        """Told who was let in, and with which client."""
+
+
+class PeerGuard(Guard):
+    """The guard of the mTLS port."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        super().__init__(store)
+        self._clock = clock
+        self._last_seen: dict[tuple[str, str], datetime] = {}
+
+    async def identify(self, _context: Any) -> Caller:
+        """Who the client certificate names, as the database knows them now."""
+        certificates = _context.auth_context().get("x509_pem_cert") or ()
+        peer = next((read_peer(bytes(pem)) for pem in certificates), None)
+        if peer is None:
+            raise UnauthenticatedError(
+                "auth.no_certificate",
+                "The call came without a certificate of a machine of this federation.",
+                hint="Enrol this machine with `coldmerge join`.",
+            )
+        return await asyncio.to_thread(check_machine, self.store, peer, self._clock.now())
+
+    async def seen(self, found: Caller, client_version: str) -> None:
+        """Write down, at most every 30 seconds, that the machine called."""
+        now, key = self._clock.now(), (found.contributor, found.machine)
+        last = self._last_seen.get(key)
+        if last is not None and now - last < SEEN_EVERY:
+            return
+        self._last_seen[key] = now
+        await asyncio.to_thread(_write_seen, self.store, key, now, client_version)
+
+
+def _write_seen(store: Store, key: tuple[str, str], now: datetime, client_version: str) -> None:
+    with store.database.write() as session:
+        machine = session.get(Machine, key)
+        if machine is not None:
+            machine.last_seen_at = now
+            machine.client_version = client_version or None
+
+
+class LocalGuard(Guard):
+    """The guard of the Unix socket: who may open it is the admin of this coordinator."""
+
+    async def identify(self, _context: Any) -> Caller:
+        """The admin."""
+        return Caller(contributor="local admin", machine="", role="admin")
+
+
+class OpenGuard(Guard):
+    """The guard of the enrolment port, whose callers prove themselves inside the call."""
+
+    async def identify(self, _context: Any) -> None:
+        """Nobody yet."""
+        return
+
+
+def _guarded(guard: Guard, details: Any, handle: Callable[..., Any]) -> Callable[..., Any]:
+    async def run(request: Any, context: Any) -> Any:
+        try:
+            await guard.admit(details, context)
+            return await handle(request, context)
+        except Exception as error:
+            await refuse(context, details.method, error)
+            raise
+
+    return run
+
+
+def _guarded_stream(guard: Guard, details: Any, handle: Callable[..., Any]) -> Callable[..., Any]:
+    async def run(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            await guard.admit(details, context)
+            async for response in handle(request, context):
+                yield response
+        except Exception as error:
+            await refuse(context, details.method, error)
+            raise
+
+    return run
+
+
+async def refuse(context: Any, method: str, error: Exception) -> None:
+    """End a call with the status and details of `error`."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, OSError) and not isinstance(error, ColdmergeError):
+        error = _disk_error(error)
+    if not isinstance(error, ColdmergeError):
+        log.error("call.crashed", method=method, exc_info=error)
+        await context.abort(
+            grpc.StatusCode.INTERNAL, "The coordinator met an unexpected error; see its log."
+        )
+        return
+    log.info("call.refused", method=method, code=error.code)
+    status, text, metadata = to_status(error)
+    await context.abort(status, text, metadata)
+
+
+def _disk_error(error: OSError) -> Exception:
+    try:
+        raise_if_full(error)
+    except ResourceError as full:
+        return full
+    return error

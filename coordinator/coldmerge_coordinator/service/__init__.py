@@ -1,0 +1,1 @@
+"""The gRPC services: handlers that translate, and leave the deciding to others."""

@@ -1,0 +1,217 @@
+"""What an admin may do, as functions on the store; `admin_service` puts them on the wire."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from coldmerge.core.errors import ConfigError, ConflictError, NotFoundError
+from coldmerge.rounds import state
+from coldmerge.rounds.policy import parse_template
+from coldmerge.rounds.state import Event
+from coldmerge.wire.invitation import token_digest
+from coldmerge_coordinator.auth import ROLES
+from coldmerge_coordinator.store import Store, releases, rounds
+from coldmerge_coordinator.store.models import Contributor, Invitation, Machine, Release, Round
+
+SHORTEST_TTL = timedelta(seconds=1)
+LONGEST_TTL = timedelta(days=30)
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Invited:
+    """The token, which is kept nowhere else, and until when it holds."""
+
+    token: str
+    expires_at: datetime
+
+
+def invite(store: Store, contributor: str, role: str, ttl: timedelta, now: datetime) -> Invited:
+    """A one-time token for a machine of an organization, which is made if it is new.
+
+    Inviting an organization that was revoked lets it back in: with new machines only.
+
+    Raises:
+        ConfigError: a bad name, role or lifetime.
+        ConflictError: the organization has another role.
+    """
+    _check_invitation(contributor, role, ttl)
+    token = secrets.token_urlsafe(32)
+    expires_at = now + ttl
+    with store.database.write() as session:
+        row = session.get(Contributor, contributor)
+        if row is None:
+            session.add(Contributor(name=contributor, role=role, created_at=now))
+            session.flush()
+        elif row.role != role:
+            raise ConflictError(
+                "invite.other_role",
+                f"{contributor} takes part in another role.",
+                expected=row.role,
+                got=role,
+                hint=f"Invite it with --role {row.role}, or another name for the other role.",
+                contributor=contributor,
+            )
+        elif row.revoked_at is not None:
+            for machine in _machines(session, contributor):
+                machine.revoked_at = machine.revoked_at or row.revoked_at
+            row.revoked_at, row.revoked_reason = None, None
+        session.add(
+            Invitation(
+                token_sha256=token_digest(token).hex(),
+                contributor=contributor,
+                role=role,
+                created_at=now,
+                expires_at=expires_at,
+            )
+        )
+    return Invited(token, expires_at)
+
+
+def _check_invitation(contributor: str, role: str, ttl: timedelta) -> None:
+    if not _NAME.fullmatch(contributor):
+        raise ConfigError(
+            "invite.bad_name",
+            "An organization cannot have that name.",
+            expected="letters, digits, `.`, `_` and `-`, at most 64, starting with a letter",
+            got=repr(contributor[:80]),
+            hint="Choose a name such as st-mary-hospital.",
+        )
+    if role not in ROLES:
+        raise ConfigError(
+            "invite.unknown_role",
+            f"There is no role {role[:40]!r}.",
+            expected=" or ".join(ROLES),
+            got=role[:40],
+            hint="See docs/coordinator.md for what each may do.",
+        )
+    if not SHORTEST_TTL <= ttl <= LONGEST_TTL:
+        raise ConfigError(
+            "invite.bad_ttl",
+            "An invitation cannot hold that long.",
+            expected=f"{SHORTEST_TTL} to {LONGEST_TTL}",
+            got=ttl,
+            hint="Give --ttl such as 24h.",
+        )
+
+
+def _machines(session: Session, contributor: str) -> list[Machine]:
+    query = select(Machine).where(Machine.contributor == contributor).order_by(Machine.name)
+    return list(session.scalars(query))
+
+
+def list_contributors(session: Session) -> list[Contributor]:
+    """All organizations, by name."""
+    return list(session.scalars(select(Contributor).order_by(Contributor.name)))
+
+
+def revoke(store: Store, contributor: str, machine: str, reason: str, now: datetime) -> Contributor:
+    """Shut an organization, or one machine, out, and void its open invitations.
+
+    Raises:
+        NotFoundError: no such organization or machine.
+    """
+    with store.database.write() as session:
+        row = session.get(Contributor, contributor)
+        found = session.get(Machine, (contributor, machine)) if machine else None
+        if row is None or (machine and found is None):
+            raise NotFoundError(
+                "contributor.unknown",
+                "There is no such organization or machine.",
+                got=f"{contributor[:64]}/{machine[:64]}" if machine else contributor[:64],
+                hint="List them with `coldmerge contributors`.",
+            )
+        if found is not None:
+            found.revoked_at = found.revoked_at or now
+            return row
+        row.revoked_at = row.revoked_at or now
+        row.revoked_reason = reason[:500] or row.revoked_reason
+        open_invitations = select(Invitation).where(
+            Invitation.contributor == contributor, Invitation.used_at.is_(None)
+        )
+        for invitation in session.scalars(open_invitations):
+            invitation.expires_at = min(invitation.expires_at, now)
+        return row
+
+
+def open_round(store: Store, model: str, policy_json: str, now: datetime) -> Round:
+    """Open a round on the model's latest release.
+
+    `policy_json` holds the policy keys that replace those of the model's template.
+
+    Raises:
+        NotFoundError: no such model.
+        ConfigError: the policy is malformed.
+        ConflictError: a round is active.
+    """
+    changes = _policy_changes(policy_json) if policy_json else {}
+    with store.database.write() as session:
+        standing = releases.get_model(session, model).template
+        template = parse_template({**standing, **changes}, "of the call")
+        return rounds.open_round(session, model, template.policy(), now)
+
+
+def _policy_changes(policy_json: str) -> dict[str, object]:
+    try:
+        values = json.loads(policy_json)
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    else:
+        if isinstance(values, dict):
+            return values
+        problem = f"it is a {type(values).__name__}"
+    raise ConfigError(
+        "policy.not_json",
+        f"The round policy of the call is not a JSON object: {problem}.",
+        hint="Give a YAML file to `coldmerge round open --policy`.",
+    )
+
+
+def move_round(store: Store, round_id: str, event: Event, now: datetime) -> Round:
+    """Apply an admin's event (Seal, Abandon, Extend, Resolve) to a round.
+
+    Raises:
+        NotFoundError: no such round.
+        ConflictError: the event does not fit its state.
+    """
+    with store.database.write() as session:
+        row = rounds.get(session, round_id, lock=True)
+        rounds.apply(session, row, event, now, store.signer)
+        return row
+
+
+def extend_round(store: Store, round_id: str, by: timedelta, now: datetime) -> Round:
+    """Move the deadline the round waits for.
+
+    Raises:
+        ConfigError: not a positive length of time.
+        NotFoundError: no such round.
+        ConflictError: it waits for no deadline.
+    """
+    if not timedelta(0) < by <= timedelta(days=3650):
+        raise ConfigError(
+            "round.bad_extension",
+            "A deadline cannot be moved by that much.",
+            expected="more than 0 and at most 3650 days",
+            got=by,
+            hint="Give --by such as 2h.",
+        )
+    return move_round(store, round_id, state.Extend(by), now)
+
+
+def rollback(store: Store, model: str, number: int, reason: str, now: datetime) -> Release:
+    """Publish an old release again under the next number.
+
+    Raises:
+        NotFoundError: no such model or release.
+        ConflictError: a round is active, or it is the latest already.
+    """
+    with store.database.write() as session:
+        return releases.rollback(session, store.signer, model, number, reason[:500], now)

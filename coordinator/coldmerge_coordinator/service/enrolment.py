@@ -1,0 +1,215 @@
+"""`coldmerge.v1.Enrolment`: invitations and identity keys become certificates."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from coldmerge.core.errors import (
+    ConflictError,
+    ManifestError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from coldmerge.wire.convert import instant, timestamp
+from coldmerge.wire.invitation import token_digest
+from coldmerge.wire.proofs import enrol_message, renew_message
+from coldmerge.wire.v1 import enrolment_pb2, enrolment_pb2_grpc
+from coldmerge_coordinator.auth import refuse_revoked
+from coldmerge_coordinator.identity import Authority, Issued, read_csr
+from coldmerge_coordinator.service.backend import Backend
+from coldmerge_coordinator.store.models import Contributor, Invitation, Machine
+
+CLOCK_TOLERANCE = timedelta(minutes=5)
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
+
+
+class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
+    """The only service for callers without a certificate."""
+
+    def __init__(self, backend: Backend, authority: Authority) -> None:
+        self._store = backend.store
+        self._clock = backend.clock
+        self._authority = authority
+
+    async def Enrol(
+        self, request: enrolment_pb2.EnrolRequest, _context: Any
+    ) -> enrolment_pb2.EnrolResponse:
+        """Trade an invitation for a certificate."""
+        return await asyncio.to_thread(self._enrol, request)
+
+    def _enrol(self, request: enrolment_pb2.EnrolRequest) -> enrolment_pb2.EnrolResponse:
+        message = enrol_message(request.token, request.csr_der)
+        _check_proof(request.identity_public_key, request.proof, message)
+        csr = read_csr(request.csr_der)
+        _check_machine_name(request.machine)
+        with self._store.database.write() as session:
+            invitation = _find_invitation(session, request.token)
+            contributor = session.get_one(Contributor, invitation.contributor)
+            machine = self._admit(session, invitation, contributor, request)
+            issued = self._issue(csr, machine)
+            role = contributor.role
+        return enrolment_pb2.EnrolResponse(
+            federation=self._store.federation,
+            contributor=machine.contributor,
+            role=role,
+            certificate_chain_pem=issued.chain_pem,
+            signing_public_key=self._store.signer.key.public_key().public_bytes_raw(),
+            expires_at=timestamp(issued.expires_at),
+        )
+
+    def _admit(
+        self,
+        session: Session,
+        invitation: Invitation,
+        contributor: Contributor,
+        request: enrolment_pb2.EnrolRequest,
+    ) -> Machine:
+        """The machine's row, new or that of the same call sent twice."""
+        now = self._clock.now()
+        if now >= invitation.expires_at:
+            raise _bad_invitation("has expired")
+        refuse_revoked(contributor, None)
+        key = request.identity_public_key
+        machine = session.get(Machine, (contributor.name, request.machine))
+        if invitation.used_at is not None:
+            # An answer that was lost on the way: the same key asks again.
+            if (
+                machine is None
+                or machine.identity_public_key != key
+                or machine.enrolled_at != invitation.used_at
+            ):
+                raise _bad_invitation("was used already")
+            refuse_revoked(contributor, machine)
+            return machine
+        if machine is not None and machine.revoked_at is None:
+            raise ConflictError(
+                "enrolment.machine_exists",
+                f"{contributor.name} has a machine {request.machine} already.",
+                hint="Join with another --machine name, or have the admin revoke the old one.",
+                contributor=contributor.name,
+                machine=request.machine,
+            )
+        _refuse_known_key(session, key)
+        invitation.used_at = now
+        if machine is None:
+            machine = Machine(contributor=contributor.name, name=request.machine)
+            session.add(machine)
+        machine.identity_public_key = key
+        machine.enrolled_at = now
+        machine.revoked_at = None
+        return machine
+
+    def _issue(self, csr: x509.CertificateSigningRequest, machine: Machine) -> Issued:
+        issued = self._authority.issue_client(
+            csr,
+            contributor=machine.contributor,
+            machine=machine.name,
+            identity_public_key=machine.identity_public_key,
+            now=self._clock.now(),
+        )
+        machine.certificate_serial = issued.serial
+        return issued
+
+    async def Renew(
+        self, request: enrolment_pb2.RenewRequest, _context: Any
+    ) -> enrolment_pb2.RenewResponse:
+        """A new certificate for an enrolled machine."""
+        return await asyncio.to_thread(self._renew, request)
+
+    def _renew(self, request: enrolment_pb2.RenewRequest) -> enrolment_pb2.RenewResponse:
+        csr = read_csr(request.csr_der)
+        with self._store.database.write() as session:
+            contributor = session.get(Contributor, request.contributor)
+            machine = session.get(Machine, (request.contributor, request.machine))
+            if machine is None or contributor is None:
+                raise UnauthenticatedError(
+                    "enrolment.unknown_machine",
+                    "No machine of that name is enrolled.",
+                    got=f"{request.contributor[:64]}/{request.machine[:64]}",
+                    hint="Ask the admin for an invitation, then `coldmerge join`.",
+                )
+            self._check_time(request)
+            message = renew_message(request.at, request.csr_der)
+            _check_proof(machine.identity_public_key, request.proof, message)
+            refuse_revoked(contributor, machine)
+            issued = self._issue(csr, machine)
+        return enrolment_pb2.RenewResponse(
+            certificate_chain_pem=issued.chain_pem, expires_at=timestamp(issued.expires_at)
+        )
+
+    def _check_time(self, request: enrolment_pb2.RenewRequest) -> None:
+        now = self._clock.now()
+        try:
+            at = instant(request.at)
+        except (ValueError, OverflowError):
+            at = datetime.max.replace(tzinfo=UTC)
+        if abs(now - at) > CLOCK_TOLERANCE:
+            raise PermissionDeniedError(
+                "enrolment.clock_skew",
+                "The renewal was signed at a time too far from the coordinator's clock.",
+                expected=f"within five minutes of {now.isoformat()}",
+                got=at.isoformat(),
+                hint="Set this machine's clock (NTP), then try again.",
+            )
+
+
+def _find_invitation(session: Session, token: str) -> Invitation:
+    query = select(Invitation).where(Invitation.token_sha256 == token_digest(token).hex())
+    found = session.scalars(query.with_for_update()).one_or_none()
+    if found is None:
+        raise _bad_invitation("is unknown here")
+    return found
+
+
+def _bad_invitation(what: str) -> UnauthenticatedError:
+    return UnauthenticatedError(
+        "enrolment.bad_invitation",
+        f"This invitation {what}.",
+        hint="Ask the admin for a new one: `coldmerge invite`.",
+    )
+
+
+def _check_proof(identity_public_key: bytes, proof: bytes, message: bytes) -> None:
+    try:
+        Ed25519PublicKey.from_public_bytes(identity_public_key).verify(proof, message)
+    except (ValueError, InvalidSignature) as error:
+        raise ManifestError(
+            "enrolment.bad_proof",
+            "The proof is not a signature by that identity key over this request.",
+            expected="Ed25519 over the request, as protos/coldmerge/v1/enrolment.proto says",
+            hint="Use `coldmerge join`; a request that was changed on the way fails like this.",
+        ) from error
+
+
+def _check_machine_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ManifestError(
+            "enrolment.bad_machine_name",
+            "A machine cannot have that name.",
+            expected="letters, digits, `.`, `_` and `-`, at most 64",
+            got=repr(name[:80]),
+            hint="Join with --machine NAME.",
+        )
+
+
+def _refuse_known_key(session: Session, key: bytes) -> None:
+    known = session.scalars(
+        select(Machine).where(Machine.identity_public_key == key).limit(1)
+    ).one_or_none()
+    if known is not None:
+        raise ConflictError(
+            "enrolment.known_key",
+            "A machine with this identity key is, or was, enrolled.",
+            got=f"key {hashlib.sha256(key).hexdigest()[:16]}",
+            hint="Join with a new home folder (COLDMERGE_HOME): it makes new keys.",
+        )

@@ -1,0 +1,418 @@
+"""From a signed manifest to a counted contribution: begin, find, commit, withdraw.
+
+Everything here blocks; handlers call it on threads.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from coldmerge.core.clock import Clock
+from coldmerge.core.documents import Manifest, Receipt, Signed, verify
+from coldmerge.core.errors import (
+    ColdmergeError,
+    ConflictError,
+    IntegrityError,
+    ManifestError,
+    NotFoundError,
+    ResourceError,
+)
+from coldmerge.rounds import state
+from coldmerge.rounds.state import State
+from coldmerge_coordinator.admission import Target, check_manifest
+from coldmerge_coordinator.auth import Caller, refuse_revoked
+from coldmerge_coordinator.service.uploads import (
+    LiveUpload,
+    contribution_id,
+    create_part,
+    drop_row,
+    header_of,
+    part_path,
+    payload_name,
+    upload_id,
+)
+from coldmerge_coordinator.store import Store, contributions, releases, rounds
+from coldmerge_coordinator.store.models import Contribution, Contributor, Machine, Round, Upload
+
+
+class Intake:
+    """The open uploads of one coordinator, and what becomes of them."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._live: dict[str, LiveUpload] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, who: Caller, signed: Signed) -> Contribution | LiveUpload:
+        """Admit a manifest: its upload, or the contribution that it became already.
+
+        Raises:
+            ColdmergeError: it is not admitted; `admission.check_manifest` and the rules
+                of the round say why.
+        """
+        manifest = verify(signed, Manifest, who.identity)
+        with self._lock:
+            known = self._known(who, manifest)
+            if known is not None:
+                return known
+            self._admit(who, manifest)
+            self._forget_stale(who)
+            self._check_room(who, manifest)
+            identifier = upload_id(manifest.digest())
+            create_part(self._store, identifier, manifest)
+            try:
+                self._insert(who, manifest, signed)
+            except BaseException:
+                part_path(self._store, identifier).unlink(missing_ok=True)
+                raise
+            return self._open(identifier)
+
+    def _known(self, who: Caller, manifest: Manifest) -> Contribution | LiveUpload | None:
+        digest = manifest.digest()
+        with self._store.database.read() as session:
+            done = contributions.by_manifest(session, digest)
+            begun = session.get(Upload, upload_id(digest))
+        if done is not None and done.contributor == who.contributor:
+            if done.state == contributions.WITHDRAWN:
+                raise _replayed(manifest, "was taken back")
+            return done
+        if begun is not None and begun.contributor == who.contributor:
+            return self._open(begun.id)
+        return None
+
+    def _admit(self, who: Caller, manifest: Manifest) -> None:
+        with self._store.database.read() as session:
+            row = rounds.get(session, manifest.round)
+            check_open(row)
+            check_manifest(manifest, self._target(session, who, row))
+            _check_second(session, row, who.contributor)
+            _check_nonce(session, manifest)
+
+    def _target(self, session: Session, who: Caller, row: Round) -> Target:
+        return Target(
+            federation=self._store.federation,
+            contributor=who.contributor,
+            model=row.model,
+            round=row.id,
+            base_number=row.base_number,
+            base_digest=row.base_digest,
+            tensors=releases.get_listing(session, row.base_digest).by_name,
+            private=tuple(releases.get_model(session, row.model).private_patterns),
+            max_payload_bytes=self._store.config.limits.max_payload_bytes,
+        )
+
+    def _forget_stale(self, who: Caller) -> None:
+        """Drop the caller's uploads to rounds that no longer admit anything."""
+        with self._store.database.read() as session:
+            query = select(Upload).join(Round, Round.id == Upload.round)
+            query = query.where(Upload.contributor == who.contributor, Round.state != State.OPEN)
+            stale = list(session.scalars(query))
+        for row in stale:
+            self._drop(row.id)
+
+    def _drop(self, identifier: str) -> None:
+        live = self._live.pop(identifier, None)
+        if live is not None:
+            live.discard()
+            return
+        with self._store.database.write() as session:
+            drop_row(session, identifier)
+        part_path(self._store, identifier).unlink(missing_ok=True)
+
+    def _check_room(self, who: Caller, manifest: Manifest) -> None:
+        limits = self._store.config.limits
+        with self._store.database.read() as session:
+            counted = select(func.count()).where(Upload.contributor == who.contributor)
+            count = session.scalar(counted) or 0
+        if count >= limits.max_open_uploads:
+            raise ResourceError(
+                "upload.too_many",
+                f"{who.contributor} has too many open uploads.",
+                expected=f"at most {limits.max_open_uploads}",
+                got=count,
+                hint="Finish them with `coldmerge push`; old ones end with their round.",
+            )
+        needed = manifest.payload_bytes + len(header_of(manifest)) + limits.keep_free_bytes
+        free = shutil.disk_usage(self._store.uploads).free
+        if needed > free:
+            raise ResourceError(
+                "upload.disk_too_small",
+                "The coordinator's disk has no room for this task vector.",
+                expected=f"{needed} bytes free",
+                got=f"{free} bytes",
+                hint="The admin must free some space; the contribution stays in the outbox.",
+                round=manifest.round,
+            )
+
+    def _insert(self, who: Caller, manifest: Manifest, signed: Signed) -> None:
+        with self._store.database.write() as session:
+            check_open(rounds.get(session, manifest.round, lock=True))
+            _check_nonce(session, manifest)
+            session.add(
+                Upload(
+                    id=upload_id(manifest.digest()),
+                    manifest_digest=manifest.digest(),
+                    contributor=who.contributor,
+                    machine=who.machine,
+                    round=manifest.round,
+                    manifest=signed.document,
+                    signature=signed.signature,
+                    total_size=manifest.payload_bytes,
+                    committed_size=0,
+                    created_at=self._clock.now(),
+                )
+            )
+
+    def find(self, who: Caller, identifier: str) -> LiveUpload:
+        """One of the caller's open uploads.
+
+        Raises:
+            NotFoundError: there is none of that id, or it is somebody else's.
+            ConflictError: its bytes were lost: it must begin again.
+        """
+        with self._lock:
+            live = self._open(identifier)
+        if live.contributor != who.contributor:
+            raise _unknown(identifier)
+        return live
+
+    def _open(self, identifier: str) -> LiveUpload:
+        live = self._live.get(identifier)
+        if live is not None and not live.closed:
+            return live
+        with self._store.database.read() as session:
+            row = session.get(Upload, identifier)
+        if row is None:
+            self._live.pop(identifier, None)
+            raise _unknown(identifier)
+        try:
+            live = LiveUpload(self._store, self._clock, row)
+        except ColdmergeError as error:
+            self._drop(identifier)
+            raise ConflictError(
+                "upload.lost",
+                "The bytes of this upload were lost or damaged on the coordinator's disk.",
+                hint="Begin again: `coldmerge push` does so by itself.",
+                upload=identifier,
+            ) from error
+        self._live[identifier] = live
+        return live
+
+    def check_admissible(self, who: Caller, live: LiveUpload) -> None:
+        """Look again, in the middle of a stream, whether the upload may go on.
+
+        Raises:
+            ConflictError: the round was sealed meanwhile.
+        """
+        with self._store.database.read() as session:
+            check_open(rounds.get(session, live.round))
+
+    def commit(self, who: Caller, identifier: str) -> Contribution:
+        """Count a complete upload: durable file, row, signed receipt. Idempotent.
+
+        Raises:
+            ConflictError: bytes are missing, the round is sealed, or the round refuses
+                a second contribution.
+            NotFoundError: there is no such upload.
+        """
+        done = self._committed(who, identifier)
+        if done is not None:
+            return done
+        live = self.find(who, identifier)
+        with live.lock:
+            done = self._committed(who, identifier)
+            if done is not None:
+                return done
+            norm = live.finish()
+            try:
+                row, replaced = self._count(live, norm)
+            except BaseException:
+                live.unfinish()
+                raise
+            live.close()
+        self._live.pop(identifier, None)
+        if replaced is not None:
+            (self._store.contributions / replaced.payload).unlink(missing_ok=True)
+        return row
+
+    def _committed(self, who: Caller, identifier: str) -> Contribution | None:
+        counted = contribution_id(identifier.removeprefix("upload-"))
+        with self._store.database.read() as session:
+            row = session.get(Contribution, counted)
+        return row if row is not None and row.contributor == who.contributor else None
+
+    def _count(self, live: LiveUpload, norm: float) -> tuple[Contribution, Contribution | None]:
+        now, signer = self._clock.now(), self._store.signer
+        with self._store.database.write() as session:
+            row = rounds.get(session, live.round, lock=True)
+            check_open(row)
+            refuse_revoked(
+                session.get_one(Contributor, live.contributor),
+                session.get_one(Machine, (live.contributor, live.machine)),
+            )
+            older = _check_second(session, row, live.contributor)
+            if older is not None:
+                older.state = contributions.REPLACED
+                session.flush()
+            upload = session.get_one(Upload, live.id)
+            counted = self._contribution(live, upload, norm, row.model)
+            session.add(counted)
+            session.delete(upload)
+            session.flush()
+            rounds.apply(session, row, state.Contributed(), now, signer)
+            return counted, older
+
+    def _contribution(
+        self, live: LiveUpload, upload: Upload, norm: float, model: str
+    ) -> Contribution:
+        identifier, now = contribution_id(live.manifest_digest), self._clock.now()
+        receipt = self._store.signer.sign(
+            Receipt(
+                federation=self._store.federation,
+                model=model,
+                round=live.round,
+                contributor=live.contributor,
+                contribution=identifier,
+                manifest_digest=live.manifest_digest,
+                payload_bytes=live.total,
+                accepted_at=now,
+            )
+        )
+        return Contribution(
+            id=identifier,
+            model=model,
+            round=live.round,
+            contributor=live.contributor,
+            manifest_digest=live.manifest_digest,
+            nonce=live.manifest.nonce,
+            manifest=upload.manifest,
+            signature=upload.signature,
+            payload=payload_name(identifier),
+            payload_bytes=live.total,
+            examples=live.manifest.examples,
+            norm=norm,
+            state=contributions.ADMITTED,
+            receipt=receipt.document,
+            receipt_signature=receipt.signature,
+            accepted_at=now,
+        )
+
+    def withdraw(self, who: Caller, identifier: str) -> Contribution:
+        """Take a contribution back: it is not merged, and its bytes are removed.
+
+        Raises:
+            NotFoundError: the caller has no such contribution.
+            ConflictError: its round is not OPEN any more.
+        """
+        now, signer = self._clock.now(), self._store.signer
+        with self._store.database.write() as session:
+            row = own(contributions.get(session, identifier), who)
+            if row.state == contributions.ADMITTED:
+                row.state = contributions.WITHDRAWN
+                session.flush()
+                round_ = rounds.get(session, row.round, lock=True)
+                rounds.apply(session, round_, state.Withdrawn(), now, signer)
+        if row.state == contributions.WITHDRAWN:
+            (self._store.contributions / row.payload).unlink(missing_ok=True)
+        return row
+
+    def close(self) -> None:
+        """Make what came durable, and give the files back."""
+        with self._lock:
+            for live in self._live.values():
+                live.flush()
+                live.close()
+            self._live.clear()
+
+
+def own(row: Contribution, who: Caller) -> Contribution:
+    """`row`, if it is the caller's, or if the caller sees all.
+
+    Raises:
+        NotFoundError: it is somebody else's; the same answer as for none.
+    """
+    if row.contributor == who.contributor or who.sees_all:
+        return row
+    raise NotFoundError(
+        "contribution.not_yours",
+        "There is no such contribution.",
+        got=row.id,
+        hint="List yours with `coldmerge status`.",
+    )
+
+
+def check_open(row: Round) -> None:
+    """Refuse what only an OPEN round takes.
+
+    Raises:
+        ConflictError: the round has been sealed, or has ended.
+    """
+    if row.state != State.OPEN:
+        raise ConflictError(
+            "round.not_open",
+            f"Round {row.id} of {row.model} no longer takes contributions.",
+            expected=State.OPEN,
+            got=row.state,
+            hint="Wait for the next round (`coldmerge watch`), pull its release and train again.",
+            round=row.id,
+            model=row.model,
+        )
+
+
+def _check_second(session: Session, row: Round, contributor: str) -> Contribution | None:
+    older = contributions.admitted_of(session, row.id, contributor)
+    if older is not None and rounds.get_policy(row).second_contribution == "refuse":
+        raise ConflictError(
+            "contribution.second",
+            f"{contributor} has contributed to round {row.id} already.",
+            expected="one contribution per organization",
+            got=f"{older.id}, accepted {older.accepted_at.isoformat()}",
+            hint="Take that one back first, or wait for the next round.",
+            round=row.id,
+        )
+    return older
+
+
+def _check_nonce(session: Session, manifest: Manifest) -> None:
+    used = session.scalars(
+        select(Contribution.id).where(
+            Contribution.contributor == manifest.contributor,
+            Contribution.round == manifest.round,
+            Contribution.nonce == manifest.nonce,
+        )
+    ).first()
+    begun = session.scalars(
+        select(Upload).where(
+            Upload.contributor == manifest.contributor, Upload.round == manifest.round
+        )
+    )
+    if used is None and not any(
+        Manifest.parse(row.manifest).nonce == manifest.nonce for row in begun
+    ):
+        return
+    raise _replayed(manifest, "was used by another manifest")
+
+
+def _replayed(manifest: Manifest, what: str) -> ManifestError:
+    return ManifestError(
+        "manifest.replayed",
+        f"The nonce of this manifest {what}.",
+        expected="a nonce that was never used in this round",
+        got=manifest.nonce,
+        hint="Prepare the contribution again with `coldmerge push`: it draws a new one.",
+        round=manifest.round,
+    )
+
+
+def _unknown(identifier: str) -> NotFoundError:
+    return NotFoundError(
+        "upload.unknown",
+        "There is no such upload.",
+        got=identifier[:80],
+        hint="Begin again: `coldmerge push` does so by itself.",
+    )

@@ -1,0 +1,108 @@
+"""Making a coordinator's folder: keys, certificates, configuration, an empty database."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
+from pydantic import ValidationError
+
+from coldmerge.core.clock import Clock, SystemClock
+from coldmerge.core.errors import ConfigError, ConflictError
+from coldmerge.core.files import fsync_path
+from coldmerge_coordinator import identity
+from coldmerge_coordinator.config import CoordinatorConfig
+from coldmerge_coordinator.store import Store
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `init` made; the fingerprint is what contributors are told."""
+
+    federation: str
+    fingerprint: str
+    offline_key: Path
+
+
+def init(
+    folder: Path,
+    *,
+    federation: str | None = None,
+    hosts: Sequence[str] = ("localhost",),
+    listen: str = "127.0.0.1:7443",
+    enrol_listen: str = "127.0.0.1:7444",
+    clock: Clock | None = None,
+) -> Made:
+    """Make a coordinator in `folder`, which must be new or empty.
+
+    `federation` defaults to the folder's name. `config.yaml` is written last: a folder
+    without it holds no coordinator.
+
+    Raises:
+        ConflictError: the folder holds something.
+        ConfigError: a name or address is malformed.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConflictError(
+            "coordinator.folder_not_empty",
+            f"{folder} is not empty.",
+            expected="a new or empty folder",
+            hint="Choose another folder, or remove this one if nothing in it matters.",
+        )
+    config = _config(federation or _name_of(folder), hosts, listen, enrol_listen)
+    for part in ("", "keys", "offline", "ca"):
+        (folder / part).mkdir(mode=0o700, parents=not part, exist_ok=True)
+    fingerprint = _make_keys(folder, config, clock or SystemClock())
+    Store.create(folder, config).close()
+    return Made(config.federation, fingerprint, folder / identity.ROOT_KEY)
+
+
+def _config(
+    federation: str, hosts: Sequence[str], listen: str, enrol_listen: str
+) -> CoordinatorConfig:
+    try:
+        return CoordinatorConfig(
+            federation=federation, hosts=tuple(hosts), listen=listen, enrol_listen=enrol_listen
+        )
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise ConfigError(
+            "coordinator.bad_option",
+            f"The coordinator cannot have that {first['loc'][0]}: {first['msg']}.",
+            hint="See `coldmerge coordinator init --help`.",
+        ) from error
+
+
+def _name_of(folder: Path) -> str:
+    name = re.sub(r"[^a-zA-Z0-9._-]+", "-", folder.resolve().name).strip("._-")
+    return name[:64] or "coldmerge"
+
+
+def _make_keys(folder: Path, config: CoordinatorConfig, clock: Clock) -> str:
+    now = clock.now()
+    root_key, root = identity.make_root(config.federation, now)
+    key, intermediate = identity.make_intermediate(root_key, root, config.federation, now)
+    for path, content in (
+        (identity.ROOT_KEY, identity.private_pem(root_key)),
+        (identity.ROOT, root.public_bytes(Encoding.PEM)),
+        (identity.INTERMEDIATE_KEY, identity.private_pem(key)),
+        (identity.INTERMEDIATE, intermediate.public_bytes(Encoding.PEM)),
+        (identity.SIGNING_KEY, identity.private_pem(Ed25519PrivateKey.generate())),
+    ):
+        _write_private(folder / path, content)
+    return root.fingerprint(hashes.SHA256()).hex()
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_path(path.parent)
