@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,7 @@ ApprovalOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the root command."""
-    verbs = {
+    verbs: dict[Callable[..., None], str] = {
         train: "coldmerge train triage --data ./notes",
         push: "coldmerge push triage --dry-run",
         evaluate: "coldmerge evaluate triage",

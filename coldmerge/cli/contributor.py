@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +51,7 @@ personal = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the root command."""
-    verbs = {
+    verbs: dict[Callable[..., None], str] = {
         join: "coldmerge join coldmerge-invite:… --fingerprint 3f9a…",
         doctor: "coldmerge doctor",
         pull: "coldmerge pull triage",

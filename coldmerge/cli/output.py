@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -24,6 +24,9 @@ from rich.progress import (
 from rich.table import Table
 
 from coldmerge.core.errors import ColdmergeError
+
+if TYPE_CHECKING:
+    from coldmerge_client.progress import Progress as ProgressCallback
 
 _IN_BYTES = {"pull", "upload", "import", "export"}
 
@@ -108,7 +111,7 @@ def size(nbytes: int) -> str:
 
 
 @contextmanager
-def bars(fmt: Format) -> Iterator[Callable[[str, int, int], None]]:
+def bars(fmt: Format) -> Iterator[ProgressCallback]:
     """Progress bars on standard error, one per step, bytes where a step counts bytes.
 
     Yields the callback `(step, done, total)` that the libraries report to. Nothing is

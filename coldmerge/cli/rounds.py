@@ -64,23 +64,22 @@ def open_round(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Open a round on the latest release."""
-    from coldmerge.rounds.policy import load_yaml, parse_template
-    from coldmerge.wire.v1 import admin_pb2
-    from coldmerge_coordinator.importing import template_of
-    from coldmerge_coordinator.store import Store
+    import json
 
-    changes = {"min_contributions": minimum, "max_contributions": maximum, "duration": duration}
-    standing = load_yaml(policy) if policy else template_of(Store.open(folder), model)
-    asked = {key: value for key, value in changes.items() if value is not None}
-    rules = parse_template({**standing.to_json(), **asked}, "given by the options").policy()
+    from coldmerge.rounds.policy import load_yaml
+    from coldmerge.wire.v1 import admin_pb2
+
+    given = load_yaml(policy).to_json() if policy else {}
+    options = {"min_contributions": minimum, "max_contributions": maximum, "duration": duration}
+    given |= {key: value for key, value in options.items() if value is not None}
     with local(folder) as coordinator:
         opened = ask(
             coordinator.admin.OpenRound,
-            admin_pb2.OpenRoundRequest(model=model, policy_json=rules.model_dump_json()),
+            admin_pb2.OpenRoundRequest(model=model, policy_json=json.dumps(given)),
         )
-    if fmt is Format.TABLE and rules.min_contributions < 3:
+    if fmt is Format.TABLE and opened.min_contributions < 3:
         out.print(
-            f"[yellow]note:[/yellow] a round of {rules.min_contributions} lets a contributor "
+            f"[yellow]note:[/yellow] a round of {opened.min_contributions} lets a contributor "
             "compute the others' task vector from the release; 3 or more hide it in a sum.",
             highlight=False,
         )

@@ -88,6 +88,20 @@ def add_model(
     return Imported(name, content.digest, len(content.tensors), len(shared), total, notes)
 
 
+def set_template(
+    store: Store, name: str, template: RoundTemplate, *, clock: Clock | None = None
+) -> None:
+    """Replace the rules that the model's later rounds open with.
+
+    Raises:
+        NotFoundError: no such model.
+        ConfigError: the schedule never fires.
+    """
+    check_template(template, (clock or SystemClock()).now())
+    with store.database.write() as session:
+        release_table.get_model(session, name).template = template.to_json()
+
+
 def _silent(_nbytes: int) -> None:
     return
 
