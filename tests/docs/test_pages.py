@@ -11,6 +11,7 @@ import yaml
 
 from coldmerge import __version__
 from coldmerge.rounds.policy import GatePolicy, MergePolicy, RoundTemplate, Schedule, load_yaml
+from coldmerge_client.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -55,3 +56,13 @@ def test_every_policy_key_is_documented(prefix: str, policy: type[RoundTemplate]
 
 def test_changelog_names_this_version() -> None:
     assert f"## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_training_key_is_documented() -> None:
+    page = (DOCS / "training.md").read_text()
+    assert [key for key in TrainConfig.model_fields if f"`{key}`" not in page] == []
+
+
+def test_the_sample_training_configuration_is_valid() -> None:
+    config = TrainConfig.load(DOCS / "samples" / "train.yaml")
+    assert config.data.columns.text == "note"
