@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from coldmerge_coordinator.config import CoordinatorConfig, Limits, load, save
 
 from coldmerge.core.errors import ConfigError
+from coldmerge_coordinator.config import CoordinatorConfig, Limits, load, save
 
 
 def test_it_survives_the_disk(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from coldmerge.core.errors import ConflictError
@@ -32,7 +33,11 @@ def acquire(
     row = _row(session, name)
     if row is None:
         row = Lease(name=name, holder=holder, fence=1, expires_at=now + term)
-        session.add(row)
+        try:
+            with session.begin_nested():
+                session.add(row)
+        except IntegrityError:  # another took the very first one, this instant
+            return None
     elif row.holder != holder and row.expires_at > now:
         return None
     else:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import secrets
 from datetime import datetime
 
-from sqlalchemy import select, update
-from sqlalchemy.engine import CursorResult
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from coldmerge.core import documents
@@ -89,7 +88,8 @@ def get_policy(row: Round) -> RoundPolicy:
 
 def count_evaluations(session: Session, round_id: str) -> int:
     """How many contributors have reported."""
-    return len(session.scalars(select(Evaluation).where(Evaluation.round == round_id)).all())
+    query = select(func.count()).select_from(Evaluation).where(Evaluation.round == round_id)
+    return session.execute(query).scalar_one()
 
 
 def view(session: Session, row: Round) -> RoundView:
@@ -193,7 +193,7 @@ def apply(
 
 def _store(session: Session, row: Round, after: RoundView, now: datetime) -> None:
     session.flush()
-    moved = session.execute(
+    moved = session.connection().execute(
         update(Round)
         .where(Round.id == row.id, Round.version == row.version)
         .values(
@@ -209,9 +209,7 @@ def _store(session: Session, row: Round, after: RoundView, now: datetime) -> Non
             merge_attempts=after.merge_attempts,
             ended_at=None if after.state.active else now,
         )
-        .execution_options(synchronize_session=False)
     )
-    assert isinstance(moved, CursorResult)  # noqa: S101 - what an UPDATE returns
     if moved.rowcount != 1:
         raise ConflictError(
             "round.moved",
@@ -292,7 +290,7 @@ def record_evaluation(
             candidate_digest=row.candidate_digest,
             probe_seed=row.probe_seed,
         )
-        stored = session.merge(
+        session.merge(
             Evaluation(
                 round=row.id,
                 contributor=evaluation.contributor,
@@ -301,6 +299,5 @@ def record_evaluation(
                 reported_at=now,
             )
         )
-        session.add(stored)
     apply(session, row, state.Evaluated(), now, signer)
     return evaluation

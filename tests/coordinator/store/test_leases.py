@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import datetime, timedelta
 
 import pytest
@@ -67,3 +68,18 @@ def test_a_paused_holder_cannot_write(store: Store, now: datetime) -> None:
 def test_a_lease_never_taken_is_lost(store: Store) -> None:
     with pytest.raises(ConflictError), store.database.write() as session:
         leases.check(session, Held("merge", "one", 1))
+
+
+def test_racing_for_the_first_lease(store: Store, now: datetime) -> None:
+    held: list[Held | None] = []
+
+    def race(holder: str) -> None:
+        held.append(acquire(store, holder, now))
+
+    threads = [threading.Thread(target=race, args=(f"worker-{index}",)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 8
+    assert len([lease for lease in held if lease is not None]) == 1
