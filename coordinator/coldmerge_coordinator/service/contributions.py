@@ -16,8 +16,9 @@ from coldmerge.wire.convert import signed_from_proto
 from coldmerge.wire.v1 import contributions_pb2, contributions_pb2_grpc
 from coldmerge_coordinator.auth import Caller, caller
 from coldmerge_coordinator.service.backend import Backend
-from coldmerge_coordinator.service.intake import Intake, own
+from coldmerge_coordinator.service.intake import Intake
 from coldmerge_coordinator.service.messages import contribution_message, receipt_message
+from coldmerge_coordinator.service.rules import own
 from coldmerge_coordinator.service.uploads import LiveUpload
 from coldmerge_coordinator.store import contributions
 from coldmerge_coordinator.store.models import Contribution
@@ -67,7 +68,7 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
             async for request in requests:
                 if live is None:
                     live = await backend.bulk(partial(self._intake.find, who, request.upload_id))
-                    await asyncio.to_thread(self._intake.check_admissible, who, live)
+                    await asyncio.to_thread(self._intake.check_admissible, live)
                     ticket = await backend.bulk(live.take)
                 _check_chunk(request, live)
                 await watch.look(live)
@@ -155,7 +156,7 @@ class _Watch:
 
     def _look(self, live: LiveUpload) -> None:
         self._backend.recheck_now(self._who)
-        self._intake.check_admissible(self._who, live)
+        self._intake.check_admissible(live)
 
 
 def _check_chunk(request: contributions_pb2.WriteRequest, live: LiveUpload) -> None:

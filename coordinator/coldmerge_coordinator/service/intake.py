@@ -16,15 +16,20 @@ from coldmerge.core.documents import Manifest, Receipt, Signed, verify
 from coldmerge.core.errors import (
     ColdmergeError,
     ConflictError,
-    IntegrityError,
-    ManifestError,
-    NotFoundError,
     ResourceError,
 )
 from coldmerge.rounds import state
 from coldmerge.rounds.state import State
 from coldmerge_coordinator.admission import Target, check_manifest
 from coldmerge_coordinator.auth import Caller, refuse_revoked
+from coldmerge_coordinator.service.rules import (
+    check_nonce,
+    check_open,
+    check_second,
+    not_yours,
+    replayed,
+    unknown,
+)
 from coldmerge_coordinator.service.uploads import (
     LiveUpload,
     contribution_id,
@@ -79,7 +84,7 @@ class Intake:
             begun = session.get(Upload, upload_id(digest))
         if done is not None and done.contributor == who.contributor:
             if done.state == contributions.WITHDRAWN:
-                raise _replayed(manifest, "was taken back")
+                raise replayed(manifest, "was taken back")
             return done
         if begun is not None and begun.contributor == who.contributor:
             return self._open(begun.id)
@@ -90,8 +95,8 @@ class Intake:
             row = rounds.get(session, manifest.round)
             check_open(row)
             check_manifest(manifest, self._target(session, who, row))
-            _check_second(session, row, who.contributor)
-            _check_nonce(session, manifest)
+            check_second(session, row, who.contributor)
+            check_nonce(session, manifest)
 
     def _target(self, session: Session, who: Caller, row: Round) -> Target:
         return Target(
@@ -152,7 +157,7 @@ class Intake:
     def _insert(self, who: Caller, manifest: Manifest, signed: Signed) -> None:
         with self._store.database.write() as session:
             check_open(rounds.get(session, manifest.round, lock=True))
-            _check_nonce(session, manifest)
+            check_nonce(session, manifest)
             session.add(
                 Upload(
                     id=upload_id(manifest.digest()),
@@ -178,7 +183,7 @@ class Intake:
         with self._lock:
             live = self._open(identifier)
         if live.contributor != who.contributor:
-            raise _unknown(identifier)
+            raise unknown(identifier)
         return live
 
     def _open(self, identifier: str) -> LiveUpload:
@@ -189,7 +194,7 @@ class Intake:
             row = session.get(Upload, identifier)
         if row is None:
             self._live.pop(identifier, None)
-            raise _unknown(identifier)
+            raise unknown(identifier)
         try:
             live = LiveUpload(self._store, self._clock, row)
         except ColdmergeError as error:
@@ -203,7 +208,7 @@ class Intake:
         self._live[identifier] = live
         return live
 
-    def check_admissible(self, who: Caller, live: LiveUpload) -> None:
+    def check_admissible(self, live: LiveUpload) -> None:
         """Look again, in the middle of a stream, whether the upload may go on.
 
         Raises:
@@ -255,7 +260,7 @@ class Intake:
                 session.get_one(Contributor, live.contributor),
                 session.get_one(Machine, (live.contributor, live.machine)),
             )
-            older = _check_second(session, row, live.contributor)
+            older = check_second(session, row, live.contributor)
             if older is not None:
                 older.state = contributions.REPLACED
                 session.flush()
@@ -311,7 +316,9 @@ class Intake:
         """
         now, signer = self._clock.now(), self._store.signer
         with self._store.database.write() as session:
-            row = own(contributions.get(session, identifier), who)
+            row = contributions.get(session, identifier)
+            if row.contributor != who.contributor:
+                raise not_yours(identifier)
             if row.state == contributions.ADMITTED:
                 row.state = contributions.WITHDRAWN
                 session.flush()
@@ -328,91 +335,3 @@ class Intake:
                 live.flush()
                 live.close()
             self._live.clear()
-
-
-def own(row: Contribution, who: Caller) -> Contribution:
-    """`row`, if it is the caller's, or if the caller sees all.
-
-    Raises:
-        NotFoundError: it is somebody else's; the same answer as for none.
-    """
-    if row.contributor == who.contributor or who.sees_all:
-        return row
-    raise NotFoundError(
-        "contribution.not_yours",
-        "There is no such contribution.",
-        got=row.id,
-        hint="List yours with `coldmerge status`.",
-    )
-
-
-def check_open(row: Round) -> None:
-    """Refuse what only an OPEN round takes.
-
-    Raises:
-        ConflictError: the round has been sealed, or has ended.
-    """
-    if row.state != State.OPEN:
-        raise ConflictError(
-            "round.not_open",
-            f"Round {row.id} of {row.model} no longer takes contributions.",
-            expected=State.OPEN,
-            got=row.state,
-            hint="Wait for the next round (`coldmerge watch`), pull its release and train again.",
-            round=row.id,
-            model=row.model,
-        )
-
-
-def _check_second(session: Session, row: Round, contributor: str) -> Contribution | None:
-    older = contributions.admitted_of(session, row.id, contributor)
-    if older is not None and rounds.get_policy(row).second_contribution == "refuse":
-        raise ConflictError(
-            "contribution.second",
-            f"{contributor} has contributed to round {row.id} already.",
-            expected="one contribution per organization",
-            got=f"{older.id}, accepted {older.accepted_at.isoformat()}",
-            hint="Take that one back first, or wait for the next round.",
-            round=row.id,
-        )
-    return older
-
-
-def _check_nonce(session: Session, manifest: Manifest) -> None:
-    used = session.scalars(
-        select(Contribution.id).where(
-            Contribution.contributor == manifest.contributor,
-            Contribution.round == manifest.round,
-            Contribution.nonce == manifest.nonce,
-        )
-    ).first()
-    begun = session.scalars(
-        select(Upload).where(
-            Upload.contributor == manifest.contributor, Upload.round == manifest.round
-        )
-    )
-    if used is None and not any(
-        Manifest.parse(row.manifest).nonce == manifest.nonce for row in begun
-    ):
-        return
-    raise _replayed(manifest, "was used by another manifest")
-
-
-def _replayed(manifest: Manifest, what: str) -> ManifestError:
-    return ManifestError(
-        "manifest.replayed",
-        f"The nonce of this manifest {what}.",
-        expected="a nonce that was never used in this round",
-        got=manifest.nonce,
-        hint="Prepare the contribution again with `coldmerge push`: it draws a new one.",
-        round=manifest.round,
-    )
-
-
-def _unknown(identifier: str) -> NotFoundError:
-    return NotFoundError(
-        "upload.unknown",
-        "There is no such upload.",
-        got=identifier[:80],
-        hint="Begin again: `coldmerge push` does so by itself.",
-    )
