@@ -10,10 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from coldmerge_coordinator.config import CoordinatorConfig
-from coldmerge_coordinator.importing import add_model
-from coldmerge_coordinator.store import Store, contributions, releases, rounds
-from coldmerge_coordinator.store.models import Contribution, Contributor, Release, Round
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -24,6 +20,10 @@ from coldmerge.core.header import TensorSpec
 from coldmerge.core.task_vector import TaskVector, vector_header
 from coldmerge.rounds.policy import RoundPolicy, RoundTemplate
 from coldmerge.rounds.state import Contributed
+from coldmerge_coordinator.config import CoordinatorConfig
+from coldmerge_coordinator.importing import add_model
+from coldmerge_coordinator.store import Store, contributions, releases, rounds
+from coldmerge_coordinator.store.models import Contribution, Contributor, Release, Round
 
 Array = npt.NDArray[np.generic]
 START = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from coldmerge_coordinator.schedule import next_tick
 
 from coldmerge.core.errors import ConfigError
+from coldmerge_coordinator.schedule import next_tick
 
 
 def utc(text: str) -> datetime:
