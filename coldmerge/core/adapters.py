@@ -136,28 +136,36 @@ class Adapter:
                 folder=self.folder,
             )
         (a, embedding), (b, _) = pair["A"], pair["B"]
-        rank = _by_pattern(self.config, "rank_pattern", module, "r")
-        stored = self.specs[a].shape[:1]
-        if stored != (rank,):
+        ranks = _by_pattern(self.config, "rank_pattern", module, "r")
+        alphas = _by_pattern(self.config, "alpha_pattern", module, "lora_alpha")
+        rank = next(iter(self.specs[a].shape), 0)
+        if rank not in ranks:
             raise TaskVectorError(
                 "adapter.rank_mismatch",
                 f"The adapter of {module} has another rank than {CONFIG} says.",
-                expected=rank,
-                got=stored,
+                expected=" or ".join(map(str, ranks)),
+                got=rank,
                 hint=f"Keep {CONFIG} and {WEIGHTS} of one `save_pretrained` together.",
                 folder=self.folder,
             )
-        alpha = float(_by_pattern(self.config, "alpha_pattern", module, "lora_alpha"))
-        scaling = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        if len(set(alphas)) > 1:
+            raise TaskVectorError(
+                "adapter.ambiguous_alpha",
+                f"Several entries of alpha_pattern match {module}; which one counted is lost.",
+                expected="one match, since PEFT saves the patterns in alphabetical order",
+                got=", ".join(map(str, alphas)),
+                hint="Ship the merged model: `merge_and_unload()`, save it, then push that folder.",
+                folder=self.folder,
+            )
+        scaling = float(alphas[0]) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         return Target(f"{module}.weight", scaling, a, b, embedding)
 
 
-def _by_pattern(config: dict[str, Any], patterns: str, module: str, default: str) -> Any:
-    """PEFT's rule: the first pattern that matches a suffix of the module name wins."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return config[default]
+def _by_pattern(config: dict[str, Any], patterns: str, module: str, default: str) -> list[Any]:
+    """Values of the patterns that match a suffix of the module name, by PEFT's rule."""
+    table = (config.get(patterns) or {}).items()
+    found = [value for pattern, value in table if re.match(rf"(.*\.)?({pattern})$", module)]
+    return found or [config[default]]
 
 
 def _check_supported(config: dict[str, Any], folder: Path) -> None:
