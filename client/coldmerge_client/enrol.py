@@ -22,7 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ConfigError, ConflictError, IntegrityError
-from coldmerge.wire.calls import DEADLINE, OnRetry, call
+from coldmerge.wire.calls import OnRetry, call
 from coldmerge.wire.channel import secure_channel
 from coldmerge.wire.convert import timestamp
 from coldmerge.wire.invitation import Invitation
@@ -42,7 +42,8 @@ def join(
     machine: str | None = None,
     *,
     clock: Clock | None = None,
-    deadline: float = DEADLINE,
+    patience: float = 10.0,
+    on_retry: OnRetry | None = None,
 ) -> Membership:
     """Trade an invitation for a certificate and remember the federation in `home`.
 
@@ -52,7 +53,8 @@ def join(
         home: an empty home, or one where joining was interrupted.
         machine: a name for this computer; its host name by default.
         clock: where the time comes from.
-        deadline: seconds the coordinator may take.
+        patience: seconds to keep trying; the same request twice is answered alike.
+        on_retry: told when a try failed.
 
     Raises:
         ConfigError: the invitation or the machine's name is malformed.
@@ -84,7 +86,7 @@ def join(
         proof=identity.sign(enrol_message(ticket.token, csr)),
     )
     root = ticket.root.encode()
-    answer = _call(ticket.enrol, root, "Enrol", request, deadline=deadline)
+    answer = _call(ticket.enrol, root, "Enrol", request, patience=patience, on_retry=on_retry)
     _check_chain(answer.certificate_chain_pem, root, tls)
     return _remember(home, ticket, name, answer)
 
@@ -110,7 +112,6 @@ def renew(
     *,
     clock: Clock | None = None,
     patience: float = 0.0,
-    deadline: float = DEADLINE,
     on_retry: OnRetry | None = None,
 ) -> None:
     """Get a new certificate, proved by the identity key; the old one may have expired.
@@ -138,7 +139,6 @@ def renew(
         root,
         "Renew",
         request,
-        deadline=deadline,
         patience=patience,
         on_retry=on_retry,
     )
@@ -226,14 +226,13 @@ def _call(
     method: str,
     request: object,
     *,
-    deadline: float,
-    patience: float = 0.0,
-    on_retry: OnRetry | None = None,
+    patience: float,
+    on_retry: OnRetry | None,
 ) -> Any:
     with secure_channel(address, root) as channel:
         stub = enrolment_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
         stub_method: Callable[..., Any] = getattr(stub, method)
-        return call(stub_method, request, deadline=deadline, patience=patience, on_retry=on_retry)
+        return call(stub_method, request, patience=patience, on_retry=on_retry)
 
 
 def _check_chain(chain_pem: bytes, root_pem: bytes, key: ec.EllipticCurvePrivateKey) -> None:

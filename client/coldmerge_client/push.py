@@ -31,7 +31,7 @@ from coldmerge_client.progress import Progress, silent
 from coldmerge_client.session import Session
 
 _MAX_STALLED = 5
-_MOVED = frozenset({"upload.wrong_offset"})
+_MOVED = frozenset({"upload.wrong_offset", "upload.superseded"})
 
 Approve = Callable[[Leaving], bool]
 """Shown exactly what would leave; False keeps it home."""

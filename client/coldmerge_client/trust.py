@@ -45,14 +45,10 @@ def checked_content(release: models_pb2.Release) -> Content:
 
     Raises:
         IntegrityError: it does not have the digest it claims, or lists what no release
-            may hold: code, unknown types, wrong sizes, the same name twice.
+            may hold: code, unknown types, wrong sizes.
     """
     content = content_of(release)
-    names = [entry.name for entry in content.tensors]
-    paths = [entry.path for entry in content.files]
     problem = None
-    if len(set(names)) < len(names) or len(set(paths)) < len(paths):
-        problem = "one name twice"
     for entry in content.tensors:
         if entry.dtype not in NUMPY or nbytes(entry.dtype, entry.shape) != entry.nbytes:
             problem = f"tensor {entry.name} with {entry.dtype} {entry.shape} {entry.nbytes}"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from coldmerge_client import enrol
-from coldmerge_client.home import Home, Membership
-from coldmerge_client.session import Session
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.duration_pb2 import Duration
 
@@ -30,6 +30,9 @@ from coldmerge.rounds.policy import RoundTemplate
 from coldmerge.wire.calls import call
 from coldmerge.wire.channel import local_channel
 from coldmerge.wire.v1 import admin_pb2, admin_pb2_grpc, common_pb2
+from coldmerge_client import enrol
+from coldmerge_client.home import Home, Membership
+from coldmerge_client.session import Session
 
 START = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -73,7 +76,7 @@ def tuned_tensors(base: Arrays, seed: int) -> dict[str, np.ndarray[Any, Any]]:
     random = np.random.default_rng(seed)
     tuned = dict(base)
     for name in ("body.large", "body.small", "classifier.weight"):
-        moved = random.normal(size=base[name].shape).astype(np.float32)
+        moved = np.asarray(random.normal(size=base[name].shape)).astype(np.float32)
         tuned[name] = base[name] + np.float32(0.01) * moved
     tuned["my_head.weight"] = random.normal(size=(2, 16)).astype(np.float32)
     return tuned
@@ -103,8 +106,21 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -
     while not (found := condition()):
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds} s for {what}")
-        signal.sigtimedwait([], 0.02)
+        threading.Event().wait(0.02)
     return found
+
+
+def free_ports(count: int) -> list[str]:
+    """Addresses that stay the same when a coordinator is started again."""
+    with ExitStack() as stack:
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+        for found in sockets:
+            stack.enter_context(found)
+        return [f"127.0.0.1:{found.getsockname()[1]}" for found in sockets]
+
+
+_SERVE = "import pathlib, sys; from coldmerge_coordinator.serve import serve; "
+_SERVE += "serve(pathlib.Path(sys.argv[1]))"
 
 
 @dataclass
@@ -120,7 +136,7 @@ class Coordinator:
         log = (self.folder.parent / "coordinator.log").open("ab")
         with log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "coldmerge_coordinator.serve", str(self.folder)],
+                [sys.executable, "-c", _SERVE, str(self.folder)],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -149,7 +165,7 @@ class Coordinator:
         invitation: str = self.admin("Invite", request).invitation
         return invitation
 
-    def open_round(self, model: str = "m", **policy: object) -> common_pb2.Round:
+    def open_round(self, model: str = "m", **policy: Any) -> common_pb2.Round:
         values = {"min_contributions": 1, "gate": None, **policy}
         request = admin_pb2.OpenRoundRequest(model=model, policy_json=json.dumps(values))
         opened: common_pb2.Round = self.admin("OpenRound", request)
@@ -159,6 +175,97 @@ class Coordinator:
         made = Home(home)
         enrol.join(self.invite(contributor), self.fingerprint, made, machine)
         return made
+
+
+class Relay:
+    """A TCP relay in front of the coordinator: counts bytes, and can cut the line.
+
+    `up` and `down` count what went to and came from the coordinator. With `cut_after`
+    the line is cut once, when that many more bytes went up (or came down); with `once`
+    it stays cut.
+    """
+
+    def __init__(self, target: str) -> None:
+        host, port = target.rsplit(":", 1)
+        self._target = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"localhost:{self._listener.getsockname()[1]}"
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        self.up = self.down = self.connections = self.cuts = 0
+        self.once = False
+        self._cut_up: int | None = None
+        self._cut_down: int | None = None
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut_after(self, *, up: int | None = None, down: int | None = None) -> None:
+        with self._lock:
+            self._cut_up = None if up is None else self.up + up
+            self._cut_down = None if down is None else self.down + down
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+            except OSError:
+                return
+            if self.once and self.cuts:
+                client.close()
+                server.close()
+                continue
+            self.connections += 1
+            with self._lock:
+                self._open |= {client, server}
+            for pair in ((client, server, True), (server, client, False)):
+                threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self._count(len(data), up)
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+            with self._lock:
+                self._open.discard(end)
+
+    def _count(self, amount: int, up: bool) -> None:
+        with self._lock:
+            self.up += amount if up else 0
+            self.down += 0 if up else amount
+            over_up = self._cut_up is not None and self.up >= self._cut_up
+            over_down = self._cut_down is not None and self.down >= self._cut_down
+        if over_up or over_down:
+            self._cut_up = self._cut_down = None
+            self.cut()
+
+    def cut(self) -> None:
+        self.cuts += 1
+        with self._lock:
+            ends = list(self._open)
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+
+@pytest.fixture
+def relay(coordinator: Coordinator) -> Iterator[Relay]:
+    made = Relay(coordinator.addresses()["api"])
+    yield made
+    made.close()
+
+
+def through(home: Home, relay: Relay) -> Home:
+    """The same home, with its calls going through the relay."""
+    home.save_membership(replace(home.membership(), address=relay.address))
+    return home
 
 
 @pytest.fixture
@@ -172,7 +279,8 @@ def make_coordinator(tmp_path: Path) -> Iterator[Callable[..., Coordinator]]:
 
     def make(tensors: Arrays | None = None) -> Coordinator:
         folder = tmp_path / "hub"
-        made = init(folder, federation="fed", listen="127.0.0.1:0", enrol_listen="127.0.0.1:0")
+        api, enrolment = free_ports(2)
+        made = init(folder, federation="fed", listen=api, enrol_listen=enrolment)
         source = save_model(tmp_path / "source", tensors or base_tensors())
         store = Store.open(folder)
         add_model(store, "m", source, ["classifier.*"], RoundTemplate())

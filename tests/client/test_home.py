@@ -5,10 +5,10 @@ import stat
 from pathlib import Path
 
 import pytest
-from coldmerge_client.files import exclusive, require_space, write_atomic
-from coldmerge_client.home import Home, Seen
 
 from coldmerge.core.errors import ConfigError, ConflictError, IntegrityError, ResourceError
+from coldmerge_client.files import exclusive, require_space, write_atomic
+from coldmerge_client.home import Home, Seen
 
 
 def test_the_default_home_is_named_by_the_environment(

@@ -4,12 +4,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from coldmerge_client.home import Home, Membership
-from coldmerge_client.outbox import PAYLOAD, Outbox, OutboxEntry
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coldmerge.core.documents import Manifest, Receipt, TensorEntry, sign
 from coldmerge.core.errors import IntegrityError, ManifestError, NotFoundError
+from coldmerge_client.home import Home, Membership
+from coldmerge_client.outbox import PAYLOAD, Outbox, OutboxEntry
 
 AT = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from coldmerge_client.policy import SendPolicy
 
 from coldmerge.core.errors import ConfigError
+from coldmerge_client.policy import SendPolicy
 
 
 def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:

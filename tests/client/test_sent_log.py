@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from coldmerge_client import enrol, sent_log
-from coldmerge_client.home import Home
 
 from coldmerge.core.errors import IntegrityError
+from coldmerge_client import enrol, sent_log
+from coldmerge_client.home import Home
 
 AT = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
 
