@@ -74,8 +74,8 @@ def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
         raise
 
 
-def preallocate(fd: int, nbytes: int) -> None:
-    """Reserve the disk before the work.
+def preallocate(fd: int, nbytes: int, offset: int = 0) -> None:
+    """Reserve the disk before the work: the file grows to `offset + nbytes` if it is shorter.
 
     Raises:
         ResourceError: the disk is full.
@@ -83,12 +83,12 @@ def preallocate(fd: int, nbytes: int) -> None:
     if nbytes == 0:
         return
     try:
-        os.posix_fallocate(fd, 0, nbytes)
+        os.posix_fallocate(fd, offset, nbytes)
     except OSError as error:
         raise_if_full(error)
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        os.ftruncate(fd, nbytes)
+        os.ftruncate(fd, max(offset + nbytes, os.fstat(fd).st_size))
 
 
 def raise_if_full(error: OSError) -> None:

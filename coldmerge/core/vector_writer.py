@@ -9,9 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from coldmerge.core.dtypes import ENCODINGS, Floats32, as_bytes, from_float32
-from coldmerge.core.files import fsync_path, write_all
+from coldmerge.core.dtypes import ENCODINGS, Floats32, as_bytes, from_float32, nbytes
+from coldmerge.core.files import fsync_path, preallocate, write_all
 from coldmerge.core.task_vector import TaskVector, vector_header
+
+AHEAD_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class VectorWriter:
         self._scaling = dict(scaling)
         self._reserved = len(self._header(self._planned))
         self._kept: list[Planned] = []
-        self._end = self._at = self._reserved
+        self._end = self._at = self._allocated = self._reserved
+        self._most = self._reserved + sum(nbytes(e.dtype, e.shape) for e in self._planned)
 
     def _header(self, entries: list[Planned], pad_to: int = 0) -> bytes:
         present = {entry.name for entry in entries}
@@ -63,6 +66,10 @@ class VectorWriter:
     def append(self, values: Floats32) -> None:
         """Append elements to the current tensor, encoded."""
         data = as_bytes(from_float32(values, self.dtype))
+        if self._at + len(data) > self._allocated < self._most:
+            ahead = min(self._at + len(data) + AHEAD_BYTES, self._most)
+            preallocate(self._fd, ahead - self._allocated, self._allocated)
+            self._allocated = ahead
         write_all(self._fd, data, self._at)
         self._at += len(data)
 
