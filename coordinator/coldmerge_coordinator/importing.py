@@ -91,15 +91,18 @@ def add_model(
 def set_template(
     store: Store, name: str, template: RoundTemplate, *, clock: Clock | None = None
 ) -> None:
-    """Replace the rules that the model's later rounds open with.
+    """Replace the rules that the model's next rounds open with; its schedule counts from now.
 
     Raises:
-        NotFoundError: no such model.
-        ConfigError: the schedule never fires.
+        ConfigError: no such merge method, or a schedule that never comes due.
+        NotFoundError: there is no such model.
     """
-    check_template(template, (clock or SystemClock()).now())
+    now = (clock or SystemClock()).now()
+    check_template(template, now)
     with store.database.write() as session:
-        release_table.get_model(session, name).template = template.to_json()
+        model = release_table.get_model(session, name, lock=True)
+        model.template = template.to_json()
+        model.last_scheduled_at = now
 
 
 def _silent(_nbytes: int) -> None:

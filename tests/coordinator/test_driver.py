@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from sqlalchemy import select
 
+from coldmerge.core.errors import ConfigError, NotFoundError
 from coldmerge.rounds.policy import RoundTemplate
 from coldmerge_coordinator.driver import TERM, Driver
+from coldmerge_coordinator.importing import set_template
 from coldmerge_coordinator.store import rounds
 from coldmerge_coordinator.store.models import Model, Notice
 from coldmerge_coordinator.worker import run_once
@@ -140,6 +142,22 @@ def test_ticks_missed_while_down_open_one_round(bench: Bench) -> None:
         driver.step()
     assert states(bench) == ["OPEN"]
     driver.close()
+
+
+def test_a_new_schedule_counts_from_the_moment_it_is_set(bench: Bench, driver: Driver) -> None:
+    bench.add_model(WEIGHTS)
+    bench.clock.advance(timedelta(days=3))
+    set_template(bench.store, "m", daily(), clock=bench.clock)
+    driver.step()
+    assert states(bench) == []
+    bench.clock.advance(timedelta(hours=18))
+    driver.step()
+    assert states(bench) == ["OPEN"]
+    with pytest.raises(NotFoundError):
+        set_template(bench.store, "none", daily(), clock=bench.clock)
+    broken = RoundTemplate.model_validate({"merge": {"method": "nothing"}})
+    with pytest.raises(ConfigError):
+        set_template(bench.store, "m", broken, clock=bench.clock)
 
 
 def test_one_broken_model_does_not_stop_the_others(bench: Bench, driver: Driver) -> None:

@@ -1,0 +1,161 @@
+"""The worker as a process: asked to end, killed, orphaned, started twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from coldmerge.rounds.state import State
+from coldmerge_coordinator.store import Store, releases, rounds
+from coldmerge_coordinator.worker import run_once
+
+if TYPE_CHECKING:
+    from tests.coordinator.conftest import Bench, FixedClock
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Workers that do not outlive the test."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def begin(folder: Path, *options: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "coldmerge_coordinator.worker", str(folder), *options]
+        log = (folder / "logs" / "worker.log").open("ab")
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        environment = {**os.environ, "PYTHONPATH": path}
+        running.append(subprocess.Popen(command, stderr=log, env=environment))
+        log.close()
+        return running[-1]
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.005)
+
+
+def sealed(bench: Bench, tensors: int = 6, size: int = 2_000_000) -> str:
+    """A round with enough to merge to be caught in the middle."""
+    rng = np.random.default_rng(1)
+    names = [f"layer.{number}.weight" for number in range(tensors)]
+    bench.add_model({name: rng.normal(size=size).astype(np.float32) for name in names})
+    round_id = bench.open_round(min_contributions=2)
+    for contributor in ("a", "b"):
+        deltas = {name: rng.normal(0, 1e-2, size).astype(np.float32) for name in names}
+        bench.contribute(round_id, contributor, deltas)
+    return round_id
+
+
+def state(folder: Path, round_id: str) -> str:
+    with Store.open(folder) as store, store.database.read() as session:
+        return rounds.get(session, round_id).state
+
+
+def latest(folder: Path) -> tuple[str, str]:
+    """Content and master digest of the newest release."""
+    with Store.open(folder) as store, store.database.read() as session:
+        release = releases.latest_release(session, "m")
+        return release.content_digest, release.master_digest
+
+
+def undisturbed(folder: Path, copy: Path, clock: FixedClock) -> tuple[str, str]:
+    """What the same folder comes to when nobody kills anything."""
+    shutil.copytree(folder, copy)
+    with Store.open(copy) as store:
+        assert run_once(store, clock)
+    return latest(copy)
+
+
+def merging(folder: Path, process: subprocess.Popen[bytes]) -> bool:
+    """Whether this process is writing a blob."""
+    return any((folder / "blobs" / "incoming").glob(f"{process.pid}-*"))
+
+
+def has_blobs(folder: Path, count: int) -> bool:
+    return len(list(folder.glob("blobs/??/*"))) >= count
+
+
+def test_killed_at_any_moment_it_comes_to_the_same_release(
+    bench: Bench, start: Start, tmp_path: Path
+) -> None:
+    round_id = sealed(bench, tensors=12, size=1_000_000)
+    folder = bench.store.folder
+    bench.store.close()
+    expected = undisturbed(folder, tmp_path / "undisturbed", bench.clock)
+    before = len(list(folder.glob("blobs/??/*")))
+    interrupted = 0
+    for finished in (0, 1, 5):
+        process = start(folder)
+        until(partial(merging, folder, process), "the merge")
+        until(partial(has_blobs, folder, before + finished), "finished blobs")
+        process.kill()
+        process.wait()
+        interrupted += state(folder, round_id) == State.MERGING
+    assert interrupted
+    start(folder)
+    until(lambda: state(folder, round_id) == State.PUBLISHED, "the release")
+    assert latest(folder) == expected
+
+
+def test_sigterm_in_the_middle_ends_cleanly_and_soon(bench: Bench, start: Start) -> None:
+    round_id = sealed(bench)
+    folder = bench.store.folder
+    process = start(folder)
+    until(partial(merging, folder, process), "the merge")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 0
+    assert not merging(folder, process), "its unfinished blob is gone"
+    assert state(folder, round_id) == State.MERGING
+    with bench.store.database.read() as session:
+        assert rounds.get(session, round_id).merge_attempts == 0
+    start(folder)
+    until(lambda: state(folder, round_id) == State.PUBLISHED, "the release")
+
+
+def test_an_idle_worker_ends_on_sigterm(bench: Bench, start: Start) -> None:
+    lock = bench.store.folder / "worker.lock"
+    process = start(bench.store.folder)
+    until(lock.exists, "the lock")
+    process.terminate()
+    assert process.wait(5) == 0
+
+
+def test_a_second_worker_on_a_folder_waits_for_the_first(bench: Bench, start: Start) -> None:
+    folder = bench.store.folder
+    first = start(folder)
+    until((folder / "worker.lock").exists, "the lock")
+    second = start(folder)
+    round_id = sealed(bench, tensors=1, size=10)
+    until(lambda: state(folder, round_id) == State.PUBLISHED, "the release")
+    assert first.poll() is None
+    assert second.poll() is None
+    first.kill()
+    first.wait()
+    again = bench.open_round()
+    bench.contribute(again, "a", {"layer.0.weight": np.ones(10, np.float32)})
+    until(lambda: state(folder, again) == State.PUBLISHED, "the second one's release")
+
+
+def test_an_orphan_ends(bench: Bench, start: Start) -> None:
+    process = start(bench.store.folder, "--parent", "1")
+    assert process.wait(20) == 0
