@@ -36,6 +36,7 @@ def train(home: Home, base: Pulled, config: TrainConfig, *, progress: Progress =
                 seed=config.seed,
                 private=base.private,
                 digest=base.digest,
+                cache=home.cache / "features",
             )
             trained = load_trainer(config).train(job, progress)
             _remember(home, base, config, trained)
