@@ -11,19 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import numpy.typing as npt
-from coldmerge_coordinator import setup
-from coldmerge_coordinator.identity import Authority
-from coldmerge_coordinator.importing import add_model
-from coldmerge_coordinator.servers import Servers
-from coldmerge_coordinator.service import admin
-from coldmerge_coordinator.store import Store
-from coldmerge_coordinator.store.models import Round
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -53,6 +47,13 @@ from coldmerge.wire.v1 import (
     models_pb2_grpc,
     rounds_pb2_grpc,
 )
+from coldmerge_coordinator import setup
+from coldmerge_coordinator.identity import Authority
+from coldmerge_coordinator.importing import add_model
+from coldmerge_coordinator.servers import Servers
+from coldmerge_coordinator.service import admin
+from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.store.models import Round
 
 Array = npt.NDArray[np.generic]
 DTYPES = {kind: name for name, kind in NUMPY.items()}
@@ -118,6 +119,7 @@ class Live:
         for channel in self._channels:
             channel.close()
         self._channels.clear()
+        vars(self).pop("enrolment", None)
         self.run(self.servers.stop(grace=0.5))
         self.run(self._loop.shutdown_asyncgens())
         self.run(self._loop.shutdown_default_executor())
@@ -133,7 +135,7 @@ class Live:
         self._channels.append(channel)
         return channel
 
-    @property
+    @cached_property
     def enrolment(self) -> Any:
         channel = self.keep(secure_channel(self.servers.addresses.enrol, self.authority.root_pem))
         return enrolment_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
