@@ -207,12 +207,15 @@ class Relay:
         while True:
             try:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
             except OSError:
                 return
             if self.once and self.cuts:
                 client.close()
-                server.close()
+                continue
+            try:
+                server = socket.create_connection(self._target)
+            except OSError:
+                client.close()
                 continue
             self.connections += 1
             with self._lock:
