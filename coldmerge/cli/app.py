@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -52,6 +53,8 @@ def root(
 
 def main() -> None:
     """Run the command line; exit with the status of the error's class (docs/errors.md)."""
+    # Threads that spin while they wait starve the other processes of a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except ColdmergeError as error:

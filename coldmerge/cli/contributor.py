@@ -193,7 +193,6 @@ def status(
             "here": max(place.local_releases(model.name), default=None),
             "round": found.id if found else None,
             "state": round_row(found)["state"] if found else None,
-            "contributions": round_row(found)["contributions"] if found else None,
         }
         for model, found in newest
     ]
@@ -245,7 +244,8 @@ def watch(
                     typer.echo(json.dumps(row))
                     continue
                 text = f"{row['round']} on release {row['base']}: [bold]{row['state']}[/bold]"
-                text += f", contributions {row['contributions']}, evaluations {row['evaluations']}"
+                text += f", {row['contributions']} of {row['min_contributions']} contributions"
+                text += f", {row['evaluations']} evaluations"
                 out.print(text + (f" ({row['reason']})" if row["reason"] else ""), highlight=False)
         except KeyboardInterrupt:
             raise typer.Exit(0) from None
@@ -262,9 +262,8 @@ def export(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Write a pulled release with your private head as one folder to use. Works offline."""
-    from coldmerge_client.personal import export as write
-
     from coldmerge.core.errors import NotFoundError
+    from coldmerge_client.personal import export as write
 
     place = home_at(home)
     here = place.local_releases(model)

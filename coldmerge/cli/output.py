@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from coldmerge.core.errors import ColdmergeError
 if TYPE_CHECKING:
     from coldmerge_client.progress import Progress as ProgressCallback
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 _IN_BYTES = {"pull", "upload", "import", "export"}
 
 
@@ -69,8 +72,17 @@ def print_rows(rows: Sequence[Mapping[str, object]], fmt: Format, *, empty: str)
     for column in rows[0]:
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(_shortened(value)) for value in row.values()))
     out.print(table)
+
+
+def _shortened(value: object) -> object:
+    """Digests and times of a table's cells; a record shows them whole."""
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value[:12]
+    if isinstance(value, str) and _TIME.fullmatch(value):
+        return f"{value[:10]} {value[11:19]} UTC"
+    return value
 
 
 def print_record(record: Mapping[str, object], fmt: Format) -> None:

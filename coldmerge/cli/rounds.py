@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,24 +24,41 @@ def register(app: typer.Typer) -> None:
 
 
 def round_row(message: Any) -> dict[str, object]:
-    """A Round message as the columns that tables and JSON show."""
+    """A Round message as JSON-ready values."""
     from coldmerge.wire.v1 import common_pb2
 
     def when(field: str) -> str | None:
         return getattr(message, field).ToJsonString() if message.HasField(field) else None
 
+    published = message.state == common_pb2.Round.PUBLISHED
     return {
         "round": message.id,
         "model": message.model,
         "state": common_pb2.Round.State.Name(message.state),
         "base": message.base_number,
-        "contributions": f"{message.contributions}/{message.min_contributions}",
-        "evaluations": f"{message.evaluations}/{message.min_evaluators}",
+        "contributions": message.contributions,
+        "min_contributions": message.min_contributions,
+        "evaluations": message.evaluations,
+        "min_evaluators": message.min_evaluators,
         "opened_at": when("opened_at"),
         "closes_at": when("closes_at"),
         "held": message.held,
-        "release": message.release_number if message.state == common_pb2.Round.PUBLISHED else None,
-        "reason": message.reason,
+        "candidate": message.candidate_digest or None,
+        "release": message.release_number if published else None,
+        "reason": message.reason or None,
+    }
+
+
+def short_round(row: Mapping[str, object]) -> dict[str, object]:
+    """The columns of `round_row` that a table has room for."""
+    return {
+        "round": row["round"],
+        "base": row["base"],
+        "state": "HELD" if row["held"] else row["state"],
+        "in": f"{row['contributions']}/{row['min_contributions']}",
+        "judged": f"{row['evaluations']}/{row['min_evaluators']}",
+        "release": row["release"],
+        "reason": row["reason"],
     }
 
 
@@ -99,6 +117,8 @@ def list_rounds(
     with local(folder) as coordinator:
         found = ask(coordinator.rounds.List, rounds_pb2.ListRoundsRequest(model=model, limit=limit))
     rows = [round_row(message) for message in found.rounds]
+    if fmt is Format.TABLE:
+        rows = [short_round(row) for row in rows]
     print_rows(rows, fmt, empty=f"No round yet. Next: coldmerge round open {model}")
 
 

@@ -1,0 +1,207 @@
+"""A real federation for tests: coordinator and contributors as processes, over real sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+COLDMERGE = (sys.executable, "-m", "coldmerge")
+PATIENCE = 90.0
+
+T = TypeVar("T")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of every process: one thread each, nothing from a hub."""
+    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("COLDMERGE_")}
+    return {**kept, **quiet, **extra}
+
+
+def until(what: str, probe: Callable[[], T | None], patience: float = PATIENCE) -> T:
+    """Ask `probe` again and again until it answers; fail with `what` when patience ends."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        found = probe()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"waited {patience:.0f} s in vain for {what}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now; the coordinator keeps them over its restarts."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def run(*args: str | Path, env: dict[str, str], check: bool = True) -> Any:
+    """One command with `--format json`; its parsed answer."""
+    command = [*COLDMERGE, *map(str, args), "--format", "json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    answer = json.loads(done.stdout) if done.stdout.strip() else {}
+    return answer if check else (done.returncode, answer)
+
+
+@dataclass
+class Hub:
+    """A coordinator: its folder and, while it runs, its process group."""
+
+    folder: Path
+    ports: list[int] = field(default_factory=lambda: free_ports(2))
+    process: subprocess.Popen[bytes] | None = None
+    fingerprint: str = ""
+
+    @property
+    def log(self) -> Path:
+        """Everything the coordinator's processes printed."""
+        return self.folder.parent / f"{self.folder.name}.log"
+
+    def init(self) -> None:
+        """`coldmerge coordinator init`."""
+        port, enrol = map(str, self.ports)
+        made = self.cli("coordinator", "init", self.folder, "--port", port, "--enrol-port", enrol)
+        self.fingerprint = made["fingerprint"]
+
+    def start(self) -> None:
+        """Serve, and wait until the admin's socket answers."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*COLDMERGE, "coordinator", "serve", str(self.folder)],
+                env=environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        until("the coordinator to serve", self._serves)
+
+    def _serves(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"the coordinator ended:\n{self.log.read_text()}")
+        code, _ = run("model", "list", "--dir", self.folder, env=environment(), check=False)
+        return bool(code == 0)
+
+    def kill(self) -> None:
+        """SIGKILL to the coordinator and its worker at once."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        if self.process is None or self.process.poll() is not None:
+            return 0
+        self.process.terminate()
+        try:
+            return self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def cli(self, *args: str | Path, check: bool = True) -> Any:
+        """An admin's command."""
+        return run(*args, env=environment(COLDMERGE_DIR=str(self.folder)), check=check)
+
+    def rounds(self, model: str) -> list[dict[str, Any]]:
+        """Rounds of a model, newest first."""
+        found: list[dict[str, Any]] = self.cli("round", "list", model)
+        return found
+
+    def releases(self, model: str) -> list[dict[str, Any]]:
+        """Releases of a model, oldest first."""
+        found: list[dict[str, Any]] = self.cli("release", "list", model)
+        return found
+
+
+@dataclass
+class Org:
+    """A contributor: its home and the processes it started."""
+
+    name: str
+    home: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def log(self) -> Path:
+        """Everything its background processes printed."""
+        return self.home.parent / f"{self.home.name}.log"
+
+    def join(self, hub: Hub, machine: str = "m1") -> None:
+        """Invitation and `coldmerge join`."""
+        invited = hub.cli("invite", self.name)
+        fingerprint = invited["fingerprint"]
+        self.cli("join", invited["invitation"], "--fingerprint", fingerprint, "--machine", machine)
+
+    def cli(self, *args: str | Path, check: bool = True) -> Any:
+        """A contributor's command."""
+        return run(*args, env=environment(COLDMERGE_HOME=str(self.home)), check=check)
+
+    def spawn(self, *args: str | Path) -> subprocess.Popen[bytes]:
+        """A contributor's command in the background."""
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [*COLDMERGE, *map(str, args)],
+                env=environment(COLDMERGE_HOME=str(self.home)),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:
+        """Wait for a background command to succeed."""
+        try:
+            code = process.wait(patience)
+        except subprocess.TimeoutExpired:
+            code = None
+        assert code == 0, f"{self.name} ended with {code}:\n{self.log.read_text()[-4000:]}"
+
+
+@dataclass
+class Federation:
+    """A coordinator and its contributors in one folder."""
+
+    folder: Path
+    hub: Hub
+    orgs: list[Org] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, folder: Path) -> Federation:
+        """A coordinator that is initialized, not yet serving."""
+        hub = Hub(folder / "hub")
+        hub.init()
+        return cls(folder, hub)
+
+    def join(self, names: Sequence[str]) -> list[Org]:
+        """Enrol one organization per name; the coordinator must be serving."""
+        joined = [Org(name, self.folder / f"home-{name}") for name in names]
+        self.orgs += joined
+        for org in joined:
+            org.join(self.hub)
+        return joined
+
+    def close(self) -> None:
+        """End everything that was started, by its handle."""
+        for org in self.orgs:
+            for process in org.processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        if self.hub.process is not None and self.hub.process.poll() is None:
+            self.hub.kill()
