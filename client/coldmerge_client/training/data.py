@@ -125,9 +125,12 @@ def _split(data: DataConfig, scratch: Path | None, rows: Any) -> Examples[Any]:
         dropped += more
     else:
         train, validation = _hold_out(train, data.holdout)
-    for path, found in ((train_path, train), (validation_path or train_path, validation)):
-        if not found:
-            raise tables.empty(path)
+    if not train and not validation:
+        raise tables.empty(train_path)
+    if not (train and validation):
+        if validation_path is None:
+            raise _too_few(train_path, data)
+        raise tables.empty(validation_path if train else train_path)
     return Examples(tuple(train), tuple(validation), (), dropped)
 
 
@@ -148,6 +151,16 @@ def _hold_out(
             rare = not seen.issuperset(_labels(example))
             (train if rare else validation).append(example)
     return train, validation
+
+
+def _too_few(path: Path, data: DataConfig) -> DataError:
+    return DataError(
+        "data.too_few_to_hold_out",
+        f"{path.name} has too few examples to hold out a part for validation.",
+        expected=f"several examples of each label, of which {data.holdout:.0%} are held out",
+        hint="Name a validation file in `data.validation`.",
+        path=path,
+    )
 
 
 def _position(example: Example[Any]) -> float:

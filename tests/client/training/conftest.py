@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
+
 from coldmerge_client.training import TrainConfig, TrainJob
 from coldmerge_client.training.models import quiet
 
@@ -95,11 +96,12 @@ def write_jsonl(path: Path, rows: Rows) -> Path:
 
 
 def sentences(count: int, seed: int) -> list[dict[str, Any]]:
-    draw = random.Random(seed)
+    draw = np.random.default_rng(seed)
     rows = []
     for number in range(count):
-        words = draw.choices(FILLER, k=draw.randint(2, 8))
-        words.insert(draw.randint(0, len(words)), draw.choice(FRUIT if number % 2 else METAL))
+        words = [str(word) for word in draw.choice(FILLER, draw.integers(2, 9))]
+        telling = draw.choice(FRUIT if number % 2 else METAL)
+        words.insert(int(draw.integers(len(words) + 1)), str(telling))
         rows.append({"text": " ".join(words), "label": "fruit" if number % 2 else "metal"})
     return rows
 
@@ -135,3 +137,8 @@ def job(tmp_path: Path, bert: Path) -> Job:
         return TrainJob(out=tmp_path / name, config=config, **{**defaults, **settings})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_rows() -> Callable[[Path, Rows], Path]:
+    return write_jsonl

@@ -14,8 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+
 from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.errors import ConfigError
+from coldmerge.core.errors import ConfigError, ConflictError, NotFoundError
 from coldmerge.core.names import match_names
 from coldmerge_client import personal
 from coldmerge_client.training import EvaluateJob, TrainConfig, TrainJob, load_trainer
@@ -79,9 +80,7 @@ def test_the_same_seed_gives_the_same_tensors(bert: Path, configure: Configure, 
 def test_frozen_tensors_stay_and_the_rest_learns(
     bert: Path, configure: Configure, job: Job, tmp_path: Path, pooling: str
 ) -> None:
-    config = configure(
-        freeze=["embeddings.*", "encoder.layer.[0-1].*"], pooling=pooling, epochs=2
-    )
+    config = configure(freeze=["embeddings.*", "encoder.layer.[0-1].*"], pooling=pooling, epochs=2)
     cache = tmp_path / "cache"
     trained = load_trainer(config).train(job(config, cache=cache))
     moved = changed(bert, trained.folder)
@@ -134,7 +133,7 @@ def test_a_finished_job_is_not_repeated_and_another_starts_afresh(
     steps: list[int] = []
     trainer = load_trainer(config)
 
-    def count(_step: str, done: int, _total: int) -> None:
+    def count(step: str, done: int, total: int) -> None:
         steps.append(done)
 
     first = trainer.train(job(config), count)
@@ -248,16 +247,36 @@ def test_personal_export_loads_as_a_classifier(
 
 
 def test_personal_export_of_a_mean_pooled_head(
-    bert: Path, configure: Configure, job: Job, tmp_path: Path
+    bert: Path, configure: Configure, job: Job, data: Path, tmp_path: Path
 ) -> None:
-    config = configure(epochs=8, lr=3e-3, pooling="mean")
+    config = configure(epochs=20, lr=3e-3, head_lr=3e-3, pooling="mean")
     trained = load_trainer(config).train(job(config))
     assert trained.head is not None
-    assert trained.metrics["val_accuracy"] == 1.0
     out = personal.export(trained.folder, trained.head, tmp_path / "personal")
-    assert personal.classify(out, ["the apple", "more copper of a"]) == ["fruit", "metal"]
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    found = personal.classify(out, [row["text"] for row in rows])
+    assert found == [row["label"] for row in rows]
     assert changed(bert, out)
     transformers.AutoModel.from_pretrained(out)
+
+
+def test_personal_export_says_what_is_in_the_way(
+    bert: Path, llama: Path, configure: Configure, job: Job, tmp_path: Path
+) -> None:
+    with pytest.raises(NotFoundError) as missing:
+        personal.export(bert, tmp_path / "no head", tmp_path / "personal")
+    assert missing.value.code == "personal.no_head"
+    Head("regression", (), {"w": torch.ones(1)}).save(tmp_path / "other")
+    with pytest.raises(ConfigError) as caught:
+        personal.export(bert, tmp_path / "other", tmp_path / "personal")
+    assert caught.value.code == "personal.no_class"
+    Head("sequence-classification", ("a", "b"), {"w": torch.ones(1)}).save(tmp_path / "misfit")
+    with pytest.raises(ConfigError) as caught:
+        personal.export(llama, tmp_path / "misfit", tmp_path / "personal")
+    assert caught.value.code == "personal.head_does_not_fit"
+    with pytest.raises(ConflictError) as taken:
+        personal.export(bert, tmp_path / "other", tmp_path)
+    assert taken.value.code == "personal.out_exists"
 
 
 def test_pairs_of_texts(configure: Configure, job: Job, data: Path) -> None:
