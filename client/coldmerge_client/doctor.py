@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ColdmergeError
+from coldmerge.wire.invitation import root_fingerprint
 from coldmerge.wire.version import PROTOCOL, client_version
 from coldmerge_client import sent_log
 from coldmerge_client.enrol import renew, validity
@@ -185,7 +186,11 @@ def _data(path: Path) -> Check:
 
 def _network(home: Home, timeout: float, clock: Clock) -> Iterator[Check]:
     member = home.membership()
-    root = home.root_pem.read_text("ascii")
+    trusted = _guard("root", lambda: Check("root", "ok", root_fingerprint(home.root())))
+    yield trusted
+    if trusted.status == "fail":
+        return
+    root = home.root().decode("ascii")
     reached = True
     for name, address in (("enrolment port", member.enrol), ("api port", member.address)):
         check = _reach(name, address, root, timeout)

@@ -133,7 +133,7 @@ def renew(
         at=at,
         proof=identity.sign(renew_message(at, csr)),
     )
-    root = home.root_pem.read_bytes()
+    root = home.root()
     answer = _call(
         member.enrol,
         root,

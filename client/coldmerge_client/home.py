@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -175,6 +176,24 @@ class Home:
     def save_membership(self, membership: Membership) -> None:
         """Written last when joining: its presence means joined."""
         write_json(self.path / "federation.json", asdict(membership))
+
+    def root(self) -> bytes:
+        """The root certificate in PEM.
+
+        Raises:
+            IntegrityError: the file is missing or holds no certificate.
+        """
+        try:
+            raw = self.root_pem.read_bytes()
+            x509.load_pem_x509_certificate(raw)
+        except (OSError, ValueError) as error:
+            raise IntegrityError(
+                "home.no_root",
+                "The federation's root certificate cannot be read: nothing would be trusted.",
+                hint="Restore root.pem from a backup, or join again in a fresh COLDMERGE_HOME.",
+                path=self.root_pem,
+            ) from error
+        return raw
 
     def identity_key(self) -> Ed25519PrivateKey:
         """The key that signs for this machine."""

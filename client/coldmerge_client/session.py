@@ -113,11 +113,11 @@ class Session:
                 renew(self.home, clock=self.clock, patience=self.timeout, on_retry=self.on_retry)
 
     def _rebuild(self) -> None:
-        self.close()
+        """A new channel. Calls of other threads end on the old one, which is closed with them."""
         self._chain = self._on_disk()
         self._channel = secure_channel(
             self.member.address,
-            self.home.root_pem.read_bytes(),
+            self.home.root(),
             self._chain,
             self.home.tls_key.read_bytes(),
         )
@@ -132,7 +132,7 @@ class Session:
                 renew(self.home, clock=self.clock)
             changed = self._on_disk() != self._chain
             if changed:
-                self.close()
+                self._channel = None
             return changed
 
     def _on_disk(self) -> bytes:

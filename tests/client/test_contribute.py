@@ -1,0 +1,377 @@
+"""The whole loop of contributors, with a trainer of a few lines."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.errors import ConflictError, DataError, UnavailableError
+from coldmerge.wire.v1 import admin_pb2, common_pb2
+from coldmerge_client import sent_log
+from coldmerge_client.contribute import Step, Terms, contribute
+from coldmerge_client.evaluate import evaluate, report
+from coldmerge_client.files import exclusive
+from coldmerge_client.home import Home
+from coldmerge_client.outbox import Outbox
+from coldmerge_client.policy import SendPolicy
+from coldmerge_client.prepare import Facts, prepare
+from coldmerge_client.pull import pull
+from coldmerge_client.push import push
+from coldmerge_client.session import Session
+from coldmerge_client.train import finished, forget, train
+from coldmerge_client.training.config import TrainConfig
+from tests.client.conftest import (
+    Coordinator,
+    base_tensors,
+    save_model,
+    tuned_tensors,
+    wait_until,
+)
+
+State = common_pb2.Round
+GATE = {"min_evaluators": 2, "window": "1h"}
+
+TRAINER = '''
+import numpy as np
+from pathlib import Path
+from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.checkpoint_writer import CheckpointWriter
+from coldmerge_client.training.trainer import Predictions, Trained
+
+
+class Nudge:
+    """Moves every float a little, in a direction of its seed; right on `good` of 20 items."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def train(self, job, progress=None):
+        with (Path(job.out).parent.parent.parent.parent / "trainings").open("a") as file:
+            file.write(job.digest + "\\n")
+        base, random = Checkpoint.open(job.release), np.random.default_rng(job.seed)
+        with CheckpointWriter(job.out / "tuned") as writer:
+            writer.declare(list(base.tensors.values()))
+            for name, spec in base.tensors.items():
+                data = base.array(name)
+                if spec.dtype == "F32":
+                    data = data + np.float32(0.01) * random.normal(size=spec.shape)
+                writer.write(name, np.ascontiguousarray(data.astype(base.array(name).dtype)))
+            writer.write_file("config.json", b"{}")
+        head = job.out / "head"
+        head.mkdir()
+        before = int((job.head / "rounds").read_text()) if job.head else 0
+        (head / "rounds").write_text(str(before + 1))
+        return Trained(job.out / "tuned", head, 40, {"accuracy": 0.5}, {"epochs": 1.0})
+
+    def predict(self, job, progress=None):
+        good = self.config.options.get("good", [10, 12])
+        right = good[Path(job.release).parent.parent.name == "candidates"]
+        labels = np.zeros(20, np.int64)
+        return Predictions(labels, np.where(np.arange(20) < right, 0, 1))
+
+
+def create(config):
+    return Nudge(config)
+'''
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Path:
+    path = tmp_path / "nudge.py"
+    path.write_text(TRAINER)
+    return path
+
+
+def config_of(trainer: Path, seed: int, **options: Any) -> TrainConfig:
+    (trainer.parent / "data").mkdir(exist_ok=True)
+    return TrainConfig.parse(
+        {
+            "trainer": f"{trainer}:create",
+            "data": str(trainer.parent / "data"),
+            "seed": seed,
+            "options": options,
+        }
+    )
+
+
+@dataclass
+class Member:
+    """One contributor's loop in a thread."""
+
+    session: Session
+    terms: Terms
+    steps: list[Step]
+    rounds: int
+    ended: list[common_pb2.Round] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, daemon=True)
+        thread.start()
+        return thread
+
+    def _run(self) -> None:
+        try:
+            self.ended += contribute(self.session, "m", self.terms, rounds=self.rounds)
+        except BaseException as error:  # noqa: BLE001 - looked at by the test
+            self.error = error
+
+    def kinds(self) -> list[str]:
+        return [step.kind for step in self.steps]
+
+
+@pytest.fixture
+def members(coordinator: Coordinator, trainer: Path, tmp_path: Path) -> Iterator[Any]:
+    with ExitStack() as stack:
+
+        def make(name: str, seed: int, *, rounds: int = 1, **terms: Any) -> Member:
+            home = Home(tmp_path / name)
+            if not home.joined:
+                coordinator.join(home.path, name)
+            steps: list[Step] = []
+            session = stack.enter_context(Session.open(home, timeout=20))
+            options = terms.pop("options", {})
+            policy = terms.pop("policy", SendPolicy())
+            made = Terms(config_of(trainer, seed, **options), policy, tell=steps.append, **terms)
+            return Member(session, made, steps, rounds)
+
+        yield make
+
+
+def run(*members: Member) -> None:
+    for thread in [member.start() for member in members]:
+        thread.join(60)
+    for member in members:
+        if member.error is not None:
+            raise member.error
+
+
+def trainings(home: Home) -> int:
+    return len((home.path / "trainings").read_text().splitlines())
+
+
+def test_two_organizations_take_two_rounds(coordinator: Coordinator, members: Any) -> None:
+    a, b = members("org-a", 1, rounds=2), members("org-b", 2, rounds=2)
+    coordinator.open_round(min_contributions=2, gate=GATE)
+    threads = [a.start(), b.start()]
+    admin = a.session.home.path.parent / "watcher"
+    with Session.open(coordinator.join(admin, "org-c"), timeout=20) as watcher:
+        wait_until(lambda: watcher.model("m").latest_number == 1, "release 1", 40)
+        coordinator.open_round(min_contributions=2, gate=GATE)
+        for thread in threads:
+            thread.join(60)
+        assert (a.error, b.error) == (None, None)
+        assert watcher.model("m").latest_number == 2
+    for member in (a, b):
+        assert [found.state for found in member.ended] == [State.PUBLISHED] * 2
+        assert member.kinds().count("sent") == 2
+        assert member.kinds().count("evaluated") == 2
+        home = member.session.home
+        assert home.local_releases("m") == [0, 1, 2]
+        assert (home.head("m") / "rounds").read_text() == "2"
+        assert trainings(home) == 2
+        events = [line.event for line in sent_log.read(home)]
+        assert events.count("contribution") == events.count("evaluation") == 2
+        releases = [
+            Checkpoint.open(home.release("m", number)).block("body.small", 0, 16)
+            for number in range(3)
+        ]
+        assert not np.array_equal(releases[0], releases[1])
+        assert not np.array_equal(releases[1], releases[2])
+
+
+def test_a_candidate_that_makes_things_worse_is_rejected(
+    coordinator: Coordinator, members: Any
+) -> None:
+    worse = {"good": [14, 6]}
+    a, b = members("org-a", 1, options=worse), members("org-b", 2, options=worse)
+    coordinator.open_round(min_contributions=2, gate=GATE)
+    run(a, b)
+    assert [found.state for found in (*a.ended, *b.ended)] == [State.REJECTED] * 2
+    assert a.session.model("m").latest_number == 0
+
+
+def test_a_person_may_say_no_and_the_loop_goes_on(coordinator: Coordinator, members: Any) -> None:
+    asked: list[object] = []
+
+    def second_time(leaving: object) -> bool:
+        asked.append(leaving)
+        return len(asked) > 1
+
+    a = members("org-a", 1, policy=SendPolicy(require_approval=True), approve=second_time)
+    first = coordinator.open_round()
+    thread = a.start()
+    wait_until(lambda: "skipped" in a.kinds(), "the refusal")
+    with Session.open(a.session.home) as other:
+        assert other.contributions("m", first.id) == ()
+        assert [line.event for line in sent_log.read(a.session.home)] == ["join"]
+    coordinator.admin("AbandonRound", admin_pb2.RoundAction(round=first.id, reason="nobody"))
+    second = coordinator.open_round()
+    thread.join(40)
+    assert a.error is None
+    assert [found.id for found in a.ended] == [second.id]
+    assert trainings(a.session.home) == 1
+
+
+def test_a_loop_started_again_does_nothing_twice(
+    coordinator: Coordinator, members: Any, trainer: Path
+) -> None:
+    opened = coordinator.open_round(min_contributions=1, gate={"min_evaluators": 2})
+    first = members("org-a", 1)
+    first.start()
+    wait_until(lambda: "evaluated" in first.kinds(), "the evaluation", 40)
+    again = members("org-a", 1)
+    again.session.home.lock("contribute-m").unlink()  # as after kill -9
+    thread = again.start()
+    with Session.open(coordinator.join(trainer.parent / "b", "org-b")) as other:
+        report(other, other.round(opened.id), _scores(other, opened.id, trainer))
+    thread.join(40)
+    assert again.error is None
+    assert [found.id for found in again.ended] == [opened.id]
+    assert again.kinds() == []
+    assert trainings(again.session.home) == 1
+
+
+def _scores(session: Session, round_id: str, trainer: Path) -> Any:
+    return evaluate(session, session.round(round_id), config_of(trainer, 2))
+
+
+def test_an_upload_left_by_a_crash_is_sent_without_training_again(
+    coordinator: Coordinator, members: Any, tmp_path: Path
+) -> None:
+    opened = coordinator.open_round()
+    a = members("org-a", 1)
+    tuned = save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
+    entry = prepare(a.session, opened, tuned, Facts(3))
+    run(a)
+    assert Outbox(a.session.home).get(entry.id).state == "sent"
+    assert not (a.session.home.path / "trainings").exists()
+
+
+def test_a_round_that_ends_while_we_train_is_left_out(
+    coordinator: Coordinator, members: Any, tmp_path: Path
+) -> None:
+    first = coordinator.open_round()
+    a = members("org-a", 1)
+    other_home = coordinator.join(tmp_path / "other", "org-b")
+    tuned = save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
+    meanwhile = threading.Event()
+
+    def tell(step: Step) -> None:
+        a.steps.append(step)
+        if step.kind == "sending" and not meanwhile.is_set():
+            meanwhile.set()
+            with Session.open(other_home) as other:
+                push(other, "m", tuned, Facts(3))
+                wait_until(lambda: other.round(first.id).state == State.PUBLISHED, "round 1")
+            coordinator.open_round()
+
+    a.terms = Terms(a.terms.config, a.terms.policy, tell=tell)
+    run(a)
+    assert "skipped" in a.kinds()
+    assert [found.base_number for found in a.ended] == [1]
+    states = {entry.manifest.round: entry.state for entry in Outbox(a.session.home).entries()}
+    assert states[first.id] == "refused"
+
+
+def test_the_loop_outlives_a_coordinator_that_is_killed(
+    coordinator: Coordinator, members: Any
+) -> None:
+    a, b = members("org-a", 1), members("org-b", 2)
+    thread = a.start()
+    coordinator.open_round(min_contributions=2, gate=GATE)
+    wait_until(lambda: "sent" in a.kinds(), "the first contribution")
+    coordinator.stop(signal.SIGKILL)
+    coordinator.start()
+    run(b)
+    thread.join(40)
+    assert a.error is None
+    assert [found.state for found in (*a.ended, *b.ended)] == [State.PUBLISHED] * 2
+
+
+def test_a_coordinator_that_stays_away_ends_the_loop(
+    coordinator: Coordinator, members: Any
+) -> None:
+    a = members("org-a", 1)
+    coordinator.stop()
+    a.session.timeout = 1.0
+    with pytest.raises(UnavailableError):
+        run(a)
+
+
+def test_an_evaluator_only_judges(coordinator: Coordinator, members: Any, tmp_path: Path) -> None:
+    from coldmerge_client.enrol import join
+
+    join(
+        coordinator.invite("judge", "evaluator"), coordinator.fingerprint, Home(tmp_path / "judge")
+    )
+    judge, a = members("judge", 5), members("org-a", 1)
+    coordinator.open_round(gate=GATE)
+    run(judge, a)
+    assert judge.kinds() == ["evaluating", "evaluated"]
+    assert not (judge.session.home.path / "trainings").exists()
+    assert [found.state for found in judge.ended] == [State.PUBLISHED]
+
+
+def test_one_loop_per_model_and_home(members: Any) -> None:
+    a = members("org-a", 1)
+    with (
+        exclusive(a.session.home.lock("contribute-m"), "m", wait=False),
+        pytest.raises(ConflictError),
+    ):
+        next(contribute(a.session, "m", a.terms))
+
+
+def test_training_is_done_once_and_the_head_is_kept(session: Session, trainer: Path) -> None:
+    base, home, config = pull(session, "m"), session.home, config_of(trainer, 1)
+    assert finished(home, base, config) is None
+    trained = train(home, base, config)
+    assert train(home, base, config) == trained == finished(home, base)
+    assert trainings(home) == 1
+    assert (home.head("m") / "rounds").read_text() == "1"
+    assert finished(home, base, config_of(trainer, 2)) is None
+    forget(home, "m", keep=base)
+    assert finished(home, base) == trained
+    forget(home, "m")
+    assert finished(home, base) is None
+    assert (home.head("m") / "rounds").exists()
+
+
+def test_the_paired_evaluation_is_what_the_trainer_found(
+    coordinator: Coordinator, session: Session, trainer: Path, tmp_path: Path
+) -> None:
+    opened = coordinator.open_round(gate={"min_evaluators": 2})
+    with pytest.raises(ConflictError, match="no candidate"):
+        evaluate(session, opened, config_of(trainer, 1))
+    tuned = save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
+    push(session, "m", tuned, Facts(3))
+    wait_until(lambda: session.round(opened.id).state == State.CANDIDATE, "the candidate")
+    found = session.round(opened.id)
+    scores = evaluate(session, found, config_of(trainer, 1, good=[10, 15]))
+    assert (scores.n, scores.gained, scores.lost) == (20, 5, 0)
+    assert (scores.base.accuracy, scores.candidate.accuracy) == (0.5, 0.75)
+    document = report(session, found, scores)
+    assert document.candidate_digest == found.candidate_digest
+    assert session.round(opened.id).evaluations == 1
+    line = sent_log.read(session.home)[-1]
+    assert (line.event, line.body["n"], line.body["gained"]) == ("evaluation", 20, 5)
+
+
+def test_data_that_cannot_be_used_ends_the_loop(
+    coordinator: Coordinator, members: Any, tmp_path: Path
+) -> None:
+    a = members("org-a", 1)
+    settings = {"trainer": "sequence-classification", "data": str(tmp_path / "data")}
+    a.terms = Terms(TrainConfig.parse(settings), SendPolicy())
+    coordinator.open_round()
+    with pytest.raises(DataError):
+        run(a)
