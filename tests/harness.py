@@ -53,7 +53,7 @@ from coldmerge_coordinator.importing import add_model
 from coldmerge_coordinator.servers import Servers
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import Store
-from coldmerge_coordinator.store.models import Round
+from coldmerge_coordinator.store.models import Round, Upload
 
 Array = npt.NDArray[np.generic]
 DTYPES = {kind: name for name, kind in NUMPY.items()}
@@ -134,6 +134,13 @@ class Live:
     def keep(self, channel: Any) -> Any:
         self._channels.append(channel)
         return channel
+
+    def drop_uploads(self) -> None:
+        """Forget all open uploads."""
+        with self.store.database.read() as session:
+            found = [row.id for row in session.query(Upload)]
+        for identifier in found:
+            self.servers._intake._drop(identifier)
 
     @cached_property
     def enrolment(self) -> Any:

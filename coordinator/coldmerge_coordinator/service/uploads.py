@@ -8,10 +8,12 @@ what the first attempt left.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from pathlib import Path
 
+import numpy as np
 from sqlalchemy.orm import Session
 
 from coldmerge.core.clock import Clock
@@ -215,17 +217,37 @@ class LiveUpload:
 
         Raises:
             ConflictError: bytes are missing.
-            CheckpointError, TaskVectorError: the file is not a sound task vector.
+            TaskVectorError: the file is not a sound task vector; the upload is gone.
         """
         with self.lock:
             self.flush()
             self._check.check_complete()
-            vector = TaskVector.open(self.path)
-            norm = vector.norm() if vector.kind == "lora" else self._check.norm
+            try:
+                norm = self._norm()
+            except TaskVectorError:
+                self.discard()
+                raise
             self.path.rename(self.final)
             fsync_path(self._store.contributions)
             fsync_path(self._store.uploads)
             return norm
+
+    def _norm(self) -> float:
+        vector = TaskVector.open(self.path)
+        if vector.kind == "full":
+            return self._check.norm
+        with np.errstate(all="ignore"):
+            norm = vector.norm()
+        if not math.isfinite(norm):
+            raise TaskVectorError(
+                "payload.product_not_finite",
+                "A product of LoRA factors holds an infinity.",
+                expected="finite numbers only",
+                got=f"a norm of {norm}",
+                hint="The fine-tuning diverged: lower the learning rate and train again.",
+                round=self.round,
+            )
+        return norm
 
     def unfinish(self) -> None:
         """Take `finish` back."""
