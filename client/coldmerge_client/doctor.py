@@ -152,7 +152,7 @@ def _sent_log(home: Home) -> Check:
 def _outbox(home: Home) -> Check:
     pending = [entry.id for entry in Outbox(home).entries() if entry.pending]
     if pending:
-        hint = "Run `coldmerge push --resume` or `coldmerge contribute` to send them."
+        hint = "Run `coldmerge push` or `coldmerge contribute` again: it goes on."
         return Check("outbox", "warn", f"not sent yet: {', '.join(pending)}", hint)
     return Check("outbox", "ok", "nothing waits")
 

@@ -194,7 +194,7 @@ class Session:
                 "session.which_model",
                 "The federation has several models.",
                 expected=", ".join(model.name for model in models),
-                hint="Name one with --model.",
+                hint="Name one, such as `coldmerge pull MODEL`.",
             )
         return fitting[0]
 

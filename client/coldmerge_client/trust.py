@@ -97,7 +97,7 @@ def check_not_older(session: Session, model: str, record: ReleaseRecord) -> None
             expected=f"release {seen.number} or later",
             got=f"release {record.number}",
             hint="Its database may have been set back: ask the admin (a true rollback has a new "
-            "number). To look at an old release on purpose, pull it with --allow-older.",
+            "number). To look at an old release on purpose, use `coldmerge pull --release N`.",
             model=model,
         )
     _check_chain(session, model, seen, record)
