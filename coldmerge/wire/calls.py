@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import grpc
@@ -79,7 +79,7 @@ def with_patience(
 
 def server_stream(
     method: Callable[..., Any], request: object, *, deadline: float | None = None
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Iterate over a server stream. No retries: the caller knows where to go on.
 
     Closing the iterator cancels the call.
