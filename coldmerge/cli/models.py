@@ -69,14 +69,16 @@ def set_template(
     name: Annotated[str, typer.Argument(help="Name of the model.")],
     file: Annotated[Path, typer.Argument(help="A round template in YAML (docs/rounds.md).")],
     folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Replace the rules the model's next rounds open with, its schedule included."""
     from coldmerge.rounds.policy import load_yaml
     from coldmerge_coordinator.importing import set_template as replace
     from coldmerge_coordinator.store import Store
 
-    replace(Store.open(coordinator_folder(folder)), name, load_yaml(file))
-    out.print(f"{name} now opens rounds by {file}.", highlight=False)
+    template = load_yaml(file)
+    replace(Store.open(coordinator_folder(folder)), name, template)
+    print_record({"model": name, **template.to_json()}, fmt)
 
 
 @group.command("list", epilog="Example: coldmerge model list --dir ./hub --format json")

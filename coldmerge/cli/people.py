@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, local
-from coldmerge.cli.output import Format, FormatOption, err, out, print_json, print_rows
+from coldmerge.cli.output import (
+    Format,
+    FormatOption,
+    err,
+    out,
+    print_json,
+    print_record,
+    print_rows,
+)
 
 
 class Role(StrEnum):
@@ -109,6 +117,7 @@ def revoke(
     machine: Annotated[str, typer.Option(help="Only this machine of it.")] = "",
     reason: Annotated[str, typer.Option(help="Why; kept with the entry.")] = "",
     folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Shut an organization, or one machine, out. Effective on its next call."""
     from coldmerge.wire.v1 import admin_pb2
@@ -118,5 +127,4 @@ def revoke(
             coordinator.admin.Revoke,
             admin_pb2.RevokeRequest(contributor=contributor, machine=machine, reason=reason),
         )
-    what = f"{contributor}/{machine}" if machine else contributor
-    out.print(f"{what} is revoked.", highlight=False)
+    print_record({"contributor": contributor, "machine": machine or "all", "revoked": True}, fmt)
