@@ -103,7 +103,13 @@ def cli_page() -> str:
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
         usage = " ".join([*path, *(_metavar(a) for a in arguments), "[OPTIONS]" * bool(options)])
-        lines += [f"## {' '.join(path)}", "", f"`{usage.strip()}`", "", (command.help or "").strip()]
+        lines += [
+            f"## {' '.join(path)}",
+            "",
+            f"`{usage.strip()}`",
+            "",
+            (command.help or "").strip(),
+        ]
         if command.epilog:
             lines += ["", f"`{command.epilog.removeprefix('Example: ')}`"]
         if arguments or options:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_generated_protos_are_fresh(tmp_path: Path) -> None:
 def test_every_method_and_service_is_documented() -> None:
     for path in (ROOT / "protos/coldmerge/v1").glob("*.proto"):
         lines = path.read_text().splitlines()
-        for before, line in zip(lines, lines[1:], strict=False):
+        for before, line in pairwise(lines):
             if re.match(r"\s+rpc ", line):
                 assert before.strip().startswith("//"), f"{path.name}: {line.strip()}"
 
