@@ -11,6 +11,7 @@ from coldmerge.core import dtypes
 from coldmerge.core.documents import Manifest, TensorEntry
 from coldmerge.core.errors import ConflictError, IntegrityError, ManifestError, TaskVectorError
 from coldmerge.core.files import PositionalFile
+from coldmerge.core.task_vector import sum_of_squares
 
 REPLAY_BYTES = 4 * 2**20
 NORM_BLOCK = 2**18
@@ -86,8 +87,8 @@ class PayloadCheck:
         self._carry = bytes(raw[whole:])
         values = np.frombuffer(raw[:whole], kind)
         for start in range(0, len(values), NORM_BLOCK):
-            block = dtypes.to_float32(values[start : start + NORM_BLOCK]).astype(np.float64)
-            squares = float(np.dot(block, block))
+            block = dtypes.to_float32(values[start : start + NORM_BLOCK])
+            squares = sum_of_squares(block)
             if not math.isfinite(squares):
                 raise TaskVectorError(
                     "payload.not_finite",
