@@ -62,7 +62,7 @@ class Invitation(BaseModel):
                 "This is not a coldmerge invitation, or it was cut short.",
                 expected=f"{PREFIX} followed by one long word",
                 got=f"{compact[:24]}… ({len(compact)} characters)",
-                hint="Copy the whole line that `coldmerge coordinator invite` printed.",
+                hint="Copy the whole line that `coldmerge invite` printed.",
             ) from error
         return invitation
 

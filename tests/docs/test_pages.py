@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+import typer.main
 import yaml
 
 from coldmerge import __version__
+from coldmerge.cli.app import app
 from coldmerge.rounds.policy import GatePolicy, MergePolicy, RoundTemplate, Schedule, load_yaml
 from coldmerge_client.training import TrainConfig
 
@@ -66,3 +70,27 @@ def test_every_training_key_is_documented() -> None:
 def test_the_sample_training_configuration_is_valid() -> None:
     config = TrainConfig.load(DOCS / "samples" / "train.yaml")
     assert config.data.columns.text == "note"
+
+
+def command_tree() -> dict[str, set[str]]:
+    root = typer.main.get_command(app)
+    assert isinstance(root, click.Group)
+    return {
+        name: set(command.commands) if isinstance(command, click.Group) else set()
+        for name, command in root.commands.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/errors.md", "docs/rounds.md", "docs/training.md"]
+)
+def test_every_command_that_is_named_exists(page: str) -> None:
+    tree = command_tree()
+    named = re.findall(r"(?:`|\n|: )coldmerge ([a-z]+)(?: ([a-z]+))?", (ROOT / page).read_text())
+    unknown = [
+        f"{verb} {word}"
+        for verb, word in named
+        if verb not in tree or (tree[verb] and word not in tree[verb])
+    ]
+    assert named
+    assert unknown == []
