@@ -94,3 +94,10 @@ def test_every_command_that_is_named_exists(page: str) -> None:
     ]
     assert named
     assert unknown == []
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    page = (DOCS / "security.md").read_text()
+    named = re.findall(r"`(tests/[\w/.]+)`", page)
+    assert len(named) > 8
+    assert [name for name in named if not (ROOT / name).exists()] == []
