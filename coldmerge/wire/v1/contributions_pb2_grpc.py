@@ -113,14 +113,14 @@ class ContributionsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Get(self, request, context):
-        """One of the caller's contributions.
+        """One of the caller's contributions; any one for an auditor or an admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """The caller's contributions, newest first.
+        """The caller's contributions, newest first; everybody's for an auditor or an admin.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
