@@ -89,8 +89,9 @@ def embed(
     freeze: Sequence[str] = (),
     cache: Path | None = None,
     device: torch.device | None = None,
+    bf16: bool = False,
 ) -> Floats:
-    """Mean-pooled features of texts: float32 [n, hidden].
+    """Mean-pooled features of texts: float32 [n, hidden]; `bf16` computes them in bfloat16.
 
     With `cache` (a folder) what the layers below `freeze` compute is kept there, and not
     computed again for another release whose frozen layers are the same.
@@ -98,7 +99,7 @@ def embed(
     Raises:
         CheckpointError: the folder cannot be loaded.
     """
-    encoder = Encoder(model_folder, max_length, batch_size, device)
+    encoder = Encoder(model_folder, max_length, batch_size, device, bf16)
     examples = encoder.tokenize(texts, pairs or [None] * len(texts))
     return encoder.pooled(examples, freeze, cache)
 
@@ -111,6 +112,7 @@ class Encoder:
     max_length: int
     batch_size: int = 64
     device: torch.device | None = None
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         self.tokenizer = models.load_tokenizer(self.folder)
@@ -156,13 +158,19 @@ class Encoder:
             with torch.inference_mode():
                 for group in batches.by_length(fed, self.batch_size):
                     batch = self._collate([fed[position] for position in group])
-                    batch = {name: part.to(self.body.device) for name, part in batch.items()}
-                    states = self.body(**batch).last_hidden_state.float().cpu()
+                    states = self._states(batch).float().cpu()
                     for row, position in enumerate(group):
                         take(position, states[row, : len(fed[position]["attention_mask"])])
         finally:
             if cut:
                 cut.restore()
+
+    def _states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        where = self.body.device
+        with torch.autocast(where.type, torch.bfloat16, self.bf16):
+            found = self.body(**{name: part.to(where) for name, part in batch.items()})
+        states: torch.Tensor = found.last_hidden_state
+        return states
 
     def _cut(
         self, examples: Sequence[Features], freeze: Sequence[str], cache: Path | None
@@ -199,7 +207,8 @@ def probe_texts(
 ) -> NDArray[np.int64]:
     """Predictions for the validation part (texts, pairs, labels), int64 [n_validation]."""
     texts, pairs = [*train[0], *validation[0]], [*train[1], *validation[1]]
-    config = job.config
+    config, where = job.config, models.device(job.config)
+    bf16 = models.use_bf16(config, where)
 
     def compute() -> dict[str, torch.Tensor]:
         found = embed(
@@ -209,13 +218,15 @@ def probe_texts(
             pairs=pairs,
             freeze=config.freeze,
             cache=job.cache,
-            device=models.device(config),
+            device=where,
+            bf16=bf16,
         )
         return {"features": torch.from_numpy(found)}
 
     progress("probe", 0, 2)
     with models.threads(config):
-        features = cached(job, [texts, pairs, config.max_length], compute)["features"].numpy()
+        what = [texts, pairs, config.max_length, bf16]
+        features = cached(job, what, compute)["features"].numpy()
         progress("probe", 1, 2)
         here = len(train[0])
         predicted = linear_probe(

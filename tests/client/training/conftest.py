@@ -121,7 +121,14 @@ Configure = Callable[..., TrainConfig]
 @pytest.fixture
 def configure(data: Path) -> Configure:
     def make(**settings: Any) -> TrainConfig:
-        defaults = {"data": data, "batch_size": 8, "lr": 1e-3, "max_length": 16, "device": "cpu"}
+        defaults = {
+            "data": data,
+            "batch_size": 8,
+            "lr": 1e-3,
+            "max_length": 16,
+            "device": "cpu",
+            "bf16": False,
+        }
         return TrainConfig.parse({**defaults, **settings})
 
     return make

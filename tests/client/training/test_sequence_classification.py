@@ -166,7 +166,7 @@ torch.set_num_threads(1)
 release, out, data, method, freeze = sys.argv[1:]
 config = TrainConfig.parse({
     "data": data, "batch_size": 8, "lr": 1e-3, "max_length": 16, "device": "cpu", "epochs": 2,
-    "checkpoint_minutes": 0, "method": method, "freeze": freeze.split(),
+    "checkpoint_minutes": 0, "bf16": True, "method": method, "freeze": freeze.split(),
     "lora": {"target_modules": ["query", "value"]},
 })
 def die(step, done, total):
@@ -192,6 +192,7 @@ def test_training_killed_in_the_middle_resumes_to_the_same_tensors(
     settings: dict[str, Any] = {
         "method": method,
         "freeze": freeze.split(),
+        "bf16": True,
         "lora": {"target_modules": ["query", "value"]},
         "epochs": 2,
     }
