@@ -29,8 +29,9 @@ LENGTH = range(25, 301)
 READ_AHEAD = 2 * MAX_TEXTS
 RULER = re.compile(r"[-=~*]{4,}")
 SKIPPED = frozenset(
-    "conftest distutils encodings ensurepip extern externals idlelib lib2to3 pydoc_data setup site-packages test "
-    "testing testing_utils tests turtledemo vendor".split()
+    {"conftest", "distutils", "encodings", "ensurepip", "extern", "externals", "idlelib"}
+    | {"lib2to3", "pydoc_data", "setup", "site-packages", "test", "testing", "testing_utils"}
+    | {"tests", "turtledemo", "vendor"}
 )
 
 

@@ -1,0 +1,207 @@
+"""`coldmerge demo`: real organizations on this machine improve a real model, measured.
+
+A coordinator and one process for each organization run the same code as in production,
+over mTLS on loopback. This process is the admin: it opens the rounds, and while the
+organizations train it measures the last release on tasks seen and not seen.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.documents import ReleaseRecord
+from coldmerge.demo.page import write_page
+from coldmerge.demo.plan import Options, Plan, make_plan
+from coldmerge.demo.processes import Processes
+from coldmerge.demo.result import DemoResult, Row, Run
+from coldmerge.demo.scores import Scores
+from coldmerge.demo.stage import Stage, Tell, Watcher
+from coldmerge.wire.v1 import common_pb2
+
+Stages = Callable[[Path, Plan, Processes, Tell], Stage]
+
+
+def silent(_text: str) -> None:
+    """Tell nobody."""
+
+
+def run(options: Options, tell: Tell = silent) -> DemoResult:
+    """Run the demo; `tell` hears a line at each step.
+
+    Every process that was started has ended when this returns or raises, also on Ctrl-C
+    or SIGTERM.
+
+    Raises:
+        ConfigError: an option is wrong.
+        DataError: a task cannot be read.
+        UnavailableError: a process failed; the message shows the end of its log.
+
+    """
+    options.check()
+    started = time.monotonic()
+    with ExitStack() as cleanup:
+        cleanup.enter_context(_one_thread())
+        cleanup.enter_context(_terminated_is_interrupted())
+        folder = _folder(options, cleanup)
+        many = options.seeds > 1
+        found = []
+        for seed in range(options.seed, options.seed + options.seeds):
+            place = folder / f"seed-{seed}" if many else folder
+            found.append(_Demo(options, seed, place, tell).run())
+        plan = found[0][0]
+        result = DemoResult(
+            model=_title(options),
+            model_bytes=sum(t.nbytes for t in Checkpoint.open(plan.model).tensors.values()),
+            seen=tuple(task.name for task in plan.seen),
+            unseen=tuple(task.name for task in plan.unseen),
+            runs=tuple(run for _, run, _ in found),
+            seconds=time.monotonic() - started,
+            folder=options.keep,
+            commands=tuple(found[0][2]),
+        )
+        return _finish(options, result)
+
+
+def _finish(options: Options, result: DemoResult) -> DemoResult:
+    report = options.report or (options.keep or Path()) / "report.html"
+    result = replace(result, report=report, next_command=_next(options))
+    write_page(result, report)
+    return result
+
+
+class _Demo:
+    """One seed: a federation, its rounds, and what each of its releases is worth."""
+
+    def __init__(self, options: Options, seed: int, folder: Path, tell: Tell) -> None:
+        self.options, self.seed, self.folder, self.tell = options, seed, folder, tell
+
+    def run(self) -> tuple[Plan, Run, list[str]]:
+        started = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        plan = make_plan(self.options, self.seed, self.folder, self.tell)
+        with Processes(self.folder / "logs") as processes:
+            stage = Stage(self.folder, plan, processes, self.tell)
+            try:
+                rows = self._rounds(stage)
+            finally:
+                stage.close()
+            commands = processes.commands
+        return plan, Run(self.seed, tuple(rows), time.monotonic() - started), commands
+
+    def _rounds(self, stage: Stage) -> list[Row]:
+        """Open round after round; measure the release before while organizations work."""
+        stage.start_coordinator()
+        stage.join_all(self.seed)
+        row = Row(0, stage.release(0).content_digest, "PUBLISHED")
+        folder: Path | None = stage.plan.model
+        rows = []
+        for number in range(1, self.options.rounds + 1):
+            watcher = stage.open_round(number)
+            if number == 1:
+                stage.start_contributors(self.options.rounds)
+            rows.append(self._measured(stage, row, folder, watcher))
+            row, folder = self._ended(stage, watcher.wait())
+        stage.finish_contributors()
+        rows.append(self._measured(stage, row, folder, None))
+        return rows
+
+    def _measured(
+        self, stage: Stage, row: Row, folder: Path | None, watcher: Watcher | None
+    ) -> Row:
+        if folder is None:
+            return row
+
+        def beside(_task: str) -> None:
+            if watcher is not None:
+                watcher.poll()
+
+        scores: Scores = stage.plan.bench.score(folder, beside)
+        found = replace(row, scores=scores)
+        unseen = f", unseen {found.unseen.mean:.1f}" if found.unseen else ""
+        seen = f"{found.seen.mean:.1f}" if found.seen else "unknown"
+        what = "release" if row.state == "PUBLISHED" else f"{row.state.lower()} candidate"
+        self.tell(f"{what} {row.number}: seen {seen}{unseen} points")
+        return found
+
+    def _ended(self, stage: Stage, found: Any) -> tuple[Row, Path | None]:
+        """The row of an ended round, and the folder of what it made."""
+        state = common_pb2.Round.State.Name(found.state)
+        contributions, nbytes = stage.shipped(found.id)
+        row = Row(
+            number=found.base_number + 1,
+            digest=found.candidate_digest or None,
+            state=state,
+            contributions=contributions,
+            bytes_shipped=nbytes,
+            round=found.id,
+            reason=found.reason or None,
+        )
+        if found.state == common_pb2.Round.PUBLISHED:
+            record = ReleaseRecord.parse(stage.release(found.release_number).record.document)
+            row = replace(row, contributions=len(record.contributions))
+            return row, stage.export(found.release_number)
+        return row, stage.candidate(row.digest) if row.digest else None
+
+
+def _folder(options: Options, cleanup: ExitStack) -> Path:
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        return options.keep.resolve()
+    folder = Path(tempfile.mkdtemp(prefix="coldmerge-demo-"))
+    cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _title(options: Options) -> str:
+    if options.tiny:
+        return "digits CNN"
+    return options.model.name if options.model else "all-MiniLM-L6-v2"
+
+
+def _next(options: Options) -> str:
+    """What to type after the demo."""
+    if options.keep is None:
+        return f"coldmerge demo{' --tiny' if options.tiny else ''} --keep ./kept"
+    place = options.keep / f"seed-{options.seed}" if options.seeds > 1 else options.keep
+    return f"coldmerge coordinator serve {place / 'coordinator'}"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The organizations need the other processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _terminated_is_interrupted() -> Iterator[None]:
+    """SIGTERM raises, like Ctrl-C, so that the processes are ended on the way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
