@@ -276,13 +276,17 @@ def record_evaluation(
 ) -> documents.Evaluation:
     """Store an evaluation whose signature was checked, and let the gate look again.
 
-    The last one of a contributor counts.
+    The last one of a contributor counts. One that is stored already changes nothing, in
+    any state: its contributor did not hear our answer and asks again.
 
     Raises:
         ManifestError: it is of another candidate, or contradicts itself.
         ConflictError: the round is not CANDIDATE.
     """
     evaluation = documents.Evaluation.parse(signed.document)
+    stored = session.get(Evaluation, (row.id, evaluation.contributor))
+    if stored is not None and stored.document == signed.document:
+        return evaluation
     if row.state == State.CANDIDATE and row.candidate_digest is not None:
         check_evaluation(
             evaluation,

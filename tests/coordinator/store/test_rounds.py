@@ -366,3 +366,23 @@ def test_rounds_are_listed_newest_first(store: Store, model: str, now: datetime)
         assert newest is not None
         assert newest.id == opened[2]
         assert rounds.rounds_to_merge(session) == []
+
+
+def test_an_evaluation_that_is_stored_already_changes_nothing(
+    store: Store,
+    candidate: Callable[..., str],
+    judgement: Callable[..., Signed],
+    look: Look,
+    now: datetime,
+) -> None:
+    """An evaluator that did not hear the answer reports again, even after the release."""
+    round_id = candidate()
+    evaluate(store, round_id, judgement(round_id, "a", 1), now)
+    version = look(round_id).version
+    evaluate(store, round_id, judgement(round_id, "a", 1), now)
+    assert look(round_id).version == version
+    evaluate(store, round_id, judgement(round_id, "b", 1), now)
+    evaluate(store, round_id, judgement(round_id, "b", 1), now)
+    assert (look(round_id).state, look(round_id).release_number) == ("PUBLISHED", 1)
+    with pytest.raises(ConflictError, match="No evaluation is awaited"):
+        evaluate(store, round_id, judgement(round_id, "b", 2), now)
