@@ -27,14 +27,16 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, **quiet, **extra}
 
 
-def until(what: str, probe: Callable[[], T | None], patience: float = PATIENCE) -> T:
+def until(
+    what: str, probe: Callable[[], T | None], patience: float = PATIENCE, every: float = 0.05
+) -> T:
     """Ask `probe` again and again until it answers; fail with `what` when patience ends."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         found = probe()
         if found:
             return found
-        time.sleep(0.05)
+        time.sleep(every)
     raise AssertionError(f"waited {patience:.0f} s in vain for {what}")
 
 
@@ -77,12 +79,12 @@ class Hub:
         made = self.cli("coordinator", "init", self.folder, "--port", port, "--enrol-port", enrol)
         self.fingerprint = made["fingerprint"]
 
-    def start(self) -> None:
-        """Serve, and wait until the admin's socket answers."""
+    def start(self, **extra: str) -> None:
+        """Serve, with `extra` in the environment, and wait until it is ready."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*COLDMERGE, "coordinator", "serve", str(self.folder)],
-                env=environment(),
+                env=environment(**extra),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -90,11 +92,12 @@ class Hub:
         until("the coordinator to serve", self._serves)
 
     def _serves(self) -> bool:
+        """Whether this process has said where it listens; a killed one leaves its file."""
         assert self.process is not None
         if self.process.poll() is not None:
             raise AssertionError(f"the coordinator ended:\n{self.log.read_text()}")
-        code, _ = run("model", "list", "--dir", self.folder, env=environment(), check=False)
-        return bool(code == 0)
+        said = self.folder / "run.json"
+        return said.is_file() and json.loads(said.read_text())["pid"] == self.process.pid
 
     def kill(self) -> None:
         """SIGKILL to the coordinator and its worker at once."""
