@@ -6,11 +6,11 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,14 +24,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from coldmerge.core import progress as library
 from coldmerge.core.errors import ColdmergeError
-
-if TYPE_CHECKING:
-    from coldmerge_client.progress import Progress as ProgressCallback
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
-_IN_BYTES = {"pull", "upload", "import", "export"}
+_IN_BYTES = {"download", "export", "import", "upload", "write"}
 
 
 class Format(StrEnum):
@@ -45,7 +43,10 @@ FormatOption = Annotated[
     Format, typer.Option("--format", help="`table` for people, `json` for scripts.")
 ]
 
-out = Console(soft_wrap=True)
+PIPE_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe, which have no width of their own."""
+
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, soft_wrap=True)
 
 
@@ -112,6 +113,11 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def when(message: Any, field: str) -> str | None:
+    """A message's time in RFC 3339; None when it is not set."""
+    return getattr(message, field).ToJsonString() if message.HasField(field) else None
+
+
 def size(nbytes: int) -> str:
     """A number of bytes as people read it, in powers of 1000."""
     value = float(nbytes)
@@ -123,7 +129,7 @@ def size(nbytes: int) -> str:
 
 
 @contextmanager
-def bars(fmt: Format) -> Iterator[ProgressCallback]:
+def bars(fmt: Format) -> Iterator[library.Progress]:
     """Progress bars on standard error, one per step, bytes where a step counts bytes.
 
     Yields the callback `(step, done, total)` that the libraries report to. Nothing is
@@ -154,20 +160,6 @@ def bars(fmt: Format) -> Iterator[ProgressCallback]:
             progress.update(tasks[step], completed=done, total=total, amount=amount)
 
         yield update
-
-
-@contextmanager
-def byte_bar(step: str, total: int, fmt: Format) -> Iterator[Callable[[int], None]]:
-    """One bar for a step that reports how many bytes it has just done."""
-    done = 0
-    with bars(fmt) as update:
-
-        def advance(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            update(step, done, total)
-
-        yield advance
 
 
 def fail(error: ColdmergeError, fmt: Format) -> int:
