@@ -10,6 +10,7 @@ MAX_MESSAGE_BYTES = 4 * 2**20
 CHUNK_BYTES = 2**20
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 20_000
+STREAMS_PER_CONNECTION = 100
 
 Options = list[tuple[str, int | str]]
 
@@ -44,6 +45,7 @@ def server_options() -> Options:
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         ("grpc.http2.max_ping_strikes", 5),
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
     ]
 
 

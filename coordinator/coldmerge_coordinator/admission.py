@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 from coldmerge.core import dtypes
 from coldmerge.core.documents import Manifest, TensorEntry
@@ -13,6 +14,8 @@ from coldmerge.core.names import is_private, split_factor
 
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"
+ALWAYS_ALLOWED_RANK = 64
+"""Ranks that adapters have in practice are fine even on tensors that are smaller."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ def _check_pair(
             round=manifest.round,
         )
     rank = a.shape[0] if a.shape else 0
+    _check_rank(manifest, name, rank, base.shape)
     right = ((rank, *base.shape[1:]), (base.shape[0] if base.shape else 0, rank))
     if rank < 1 or len(base.shape) < 2 or (a.shape, b.shape) != right:
         raise _wrong_shape(
@@ -220,6 +224,20 @@ def _check_pair(
             name,
             f"factors [r, …] and [rows, r] of {list(base.shape)}, r at least 1",
             f"{list(a.shape)} and {list(b.shape)}",
+        )
+
+
+def _check_rank(manifest: Manifest, name: str, rank: int, shape: tuple[int, ...]) -> None:
+    """A factor is held whole while it is merged: it must not outgrow its tensor."""
+    most = max(ALWAYS_ALLOWED_RANK, min(shape[0], prod(shape[1:])) if shape else 0)
+    if rank > most:
+        raise TaskVectorError(
+            "manifest.rank_too_large",
+            f"The LoRA update of {name} has a larger rank than its tensor can have.",
+            expected=f"at most {most}",
+            got=rank,
+            hint="Ship the merged model: `merge_and_unload()`, save it, then push that folder.",
+            round=manifest.round,
         )
 
 

@@ -115,7 +115,10 @@ class PeerGuard(Guard):
         if last is not None and now - last < SEEN_EVERY:
             return
         self._last_seen[key] = now
-        await asyncio.to_thread(_write_seen, self.store, key, now, client_version)
+        try:
+            await asyncio.to_thread(_write_seen, self.store, key, now, client_version)
+        except ColdmergeError as error:  # a full disk must not stop those who only read
+            log.warning("seen.not_written", contributor=found.contributor, code=error.code)
 
 
 def _write_seen(store: Store, key: tuple[str, str], now: datetime, client_version: str) -> None:

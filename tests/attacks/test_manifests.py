@@ -344,3 +344,15 @@ def _configure(live: Live, limits: Limits) -> None:
     save(config, Path(live.folder))
     live.store.config = config
     live.start()
+
+
+def test_a_rank_beyond_the_tensor_would_fill_the_memory(
+    shared: tuple[MachineClient, Round],
+) -> None:
+    org, round_ = shared
+    factors = {
+        "embeddings.weight.lora_A": np.zeros((65, 4), np.float32),
+        "embeddings.weight.lora_B": np.zeros((16, 65), np.float32),
+    }
+    manifest, _ = org.manifest(round_, factors, kind="lora", scaling={"embeddings.weight": 1.0})
+    assert _refused(org, manifest).code == "manifest.rank_too_large"

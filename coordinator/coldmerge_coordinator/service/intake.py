@@ -51,7 +51,14 @@ class Intake:
         self._store = store
         self._clock = clock
         self._live: dict[str, LiveUpload] = {}
-        self._lock = threading.Lock()
+        self._turns: dict[str, threading.Lock] = {}
+        self._room = threading.Lock()
+
+    def _turn(self, contributor: str) -> threading.Lock:
+        """A contributor's calls wait for each other, and not for those of others: to open
+        an upload again reads all of it.
+        """
+        return self._turns.setdefault(contributor, threading.Lock())
 
     def begin(self, who: Caller, signed: Signed) -> Contribution | LiveUpload:
         """Admit a manifest: its upload, or the contribution that it became already.
@@ -61,21 +68,22 @@ class Intake:
                 of the round say why.
         """
         manifest = verify(signed, Manifest, who.identity)
-        with self._lock:
+        identifier = upload_id(manifest.digest())
+        with self._turn(who.contributor):
             known = self._known(who, manifest)
             if known is not None:
                 return known
             self._admit(who, manifest)
             self._forget_stale(who)
-            self._check_room(who, manifest)
-            identifier = upload_id(manifest.digest())
-            create_part(self._store, identifier, manifest)
+            with self._room:
+                self._check_room(who, manifest)
+                create_part(self._store, identifier, manifest)
             try:
                 self._insert(who, manifest, signed)
             except BaseException:
                 part_path(self._store, identifier).unlink(missing_ok=True)
                 raise
-            return self._open(identifier)
+            return self._open(who, identifier)
 
     def _known(self, who: Caller, manifest: Manifest) -> Contribution | LiveUpload | None:
         digest = manifest.digest()
@@ -86,9 +94,12 @@ class Intake:
             if done.state == contributions.WITHDRAWN:
                 raise replayed(manifest, "was taken back")
             return done
-        if begun is not None and begun.contributor == who.contributor:
-            return self._open(begun.id)
-        return None
+        if begun is None or begun.contributor != who.contributor:
+            return None
+        try:
+            return self._open(who, begun.id)
+        except ConflictError:  # its bytes were lost: begin again
+            return None
 
     def _admit(self, who: Caller, manifest: Manifest) -> None:
         with self._store.database.read() as session:
@@ -112,13 +123,21 @@ class Intake:
         )
 
     def _forget_stale(self, who: Caller) -> None:
-        """Drop the caller's uploads to rounds that no longer admit anything."""
+        """Drop everybody's uploads to rounds that no longer admit anything: they hold disk."""
         with self._store.database.read() as session:
-            query = select(Upload).join(Round, Round.id == Upload.round)
-            query = query.where(Upload.contributor == who.contributor, Round.state != State.OPEN)
-            stale = list(session.scalars(query))
-        for row in stale:
-            self._drop(row.id)
+            query = select(Upload.id, Upload.contributor).join(Round, Round.id == Upload.round)
+            stale = session.execute(query.where(Round.state != State.OPEN)).all()
+        for identifier in [known for known, live in list(self._live.items()) if live.closed]:
+            self._live.pop(identifier, None)
+        for identifier, contributor in stale:
+            turn = self._turn(contributor)
+            if contributor == who.contributor:
+                self._drop(identifier)
+            elif turn.acquire(blocking=False):
+                try:
+                    self._drop(identifier)
+                finally:
+                    turn.release()
 
     def _drop(self, identifier: str) -> None:
         live = self._live.pop(identifier, None)
@@ -180,20 +199,16 @@ class Intake:
             NotFoundError: there is none of that id, or it is somebody else's.
             ConflictError: its bytes were lost: it must begin again.
         """
-        with self._lock:
-            live = self._open(identifier)
-        if live.contributor != who.contributor:
-            raise unknown(identifier)
-        return live
+        with self._turn(who.contributor):
+            return self._open(who, identifier)
 
-    def _open(self, identifier: str) -> LiveUpload:
+    def _open(self, who: Caller, identifier: str) -> LiveUpload:
         live = self._live.get(identifier)
-        if live is not None and not live.closed:
+        if live is not None and not live.closed and live.contributor == who.contributor:
             return live
         with self._store.database.read() as session:
             row = session.get(Upload, identifier)
-        if row is None:
-            self._live.pop(identifier, None)
+        if row is None or row.contributor != who.contributor:
             raise unknown(identifier)
         try:
             live = LiveUpload(self._store, self._clock, row)
@@ -236,9 +251,13 @@ class Intake:
             norm = live.finish()
             try:
                 row, replaced = self._count(live, norm)
-            except BaseException:
-                live.unfinish()
-                raise
+            except Exception:
+                # The answer of a commit can be lost: a row that is there must keep its file.
+                done = self._committed(who, identifier)
+                if done is None:
+                    live.unfinish()
+                    raise
+                row, replaced = done, None
             live.close()
         self._live.pop(identifier, None)
         if replaced is not None:
@@ -330,8 +349,7 @@ class Intake:
 
     def close(self) -> None:
         """Make what came durable, and give the files back."""
-        with self._lock:
-            for live in self._live.values():
-                live.flush()
-                live.close()
-            self._live.clear()
+        for live in list(self._live.values()):
+            live.flush()
+            live.close()
+        self._live.clear()

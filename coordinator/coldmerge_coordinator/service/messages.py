@@ -59,8 +59,9 @@ def candidate_message(session: Session, model: str, digest: str) -> models_pb2.R
 
 
 def round_message(session: Session, row: Round) -> common_pb2.Round:
-    """A round as every participant may see it."""
+    """A round as every participant may see it: without the webhook, whose URL is a secret."""
     policy = rounds.get_policy(row)
+    visible = {key: value for key, value in row.policy.items() if key != "webhook"}
     message = common_pb2.Round(
         id=row.id,
         model=row.model,
@@ -78,7 +79,7 @@ def round_message(session: Session, row: Round) -> common_pb2.Round:
         release_number=row.release_number or 0,
         reason=row.reason or "",
         held=row.held,
-        policy_json=json.dumps(row.policy, sort_keys=True),
+        policy_json=json.dumps(visible, sort_keys=True),
         probe_seed=row.probe_seed,
     )
     if row.closes_at is not None:

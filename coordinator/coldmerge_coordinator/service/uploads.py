@@ -193,18 +193,20 @@ class LiveUpload:
 
     def _check_ticket(self, ticket: int) -> None:
         if self.closed or ticket != self._tickets:
-            raise ConflictError(
-                "upload.superseded",
-                "Another stream has taken this upload over, or it has ended.",
-                hint="Ask for its status and go on from there.",
-                upload=self.id,
-            )
+            raise _ended(self.id)
 
     def flush(self) -> int:
         """Make what came durable and say so in the database; the committed size."""
         with self.lock:
             if not self.closed and self.position > self.committed:
-                os.fsync(self._fd)
+                try:
+                    os.fsync(self._fd)
+                except OSError:
+                    # What was not written may be forgotten by now: a second fsync would
+                    # succeed and prove nothing. Opened again, the upload goes on from
+                    # what is durable.
+                    self.close()
+                    raise
                 with self._store.database.write() as session:
                     row = session.get(Upload, self.id)
                     if row is not None:
@@ -220,6 +222,9 @@ class LiveUpload:
             TaskVectorError: the file is not a sound task vector; the upload is gone.
         """
         with self.lock:
+            if self.closed:
+                raise _ended(self.id)
+            self._recover_commit()
             self.flush()
             self._check.check_complete()
             try:
@@ -268,6 +273,15 @@ class LiveUpload:
             if not self.closed:
                 self.closed = True
                 os.close(self._fd)
+
+
+def _ended(upload: str) -> ConflictError:
+    return ConflictError(
+        "upload.superseded",
+        "Another stream has taken this upload over, or it has ended.",
+        hint="Ask for its status and go on from there.",
+        upload=upload,
+    )
 
 
 def drop_row(session: Session, upload: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -98,6 +99,12 @@ def _translated() -> Iterator[None]:
         yield
     except OperationalError as error:
         raise _our_error(error) from error
+    except PoolTimeoutError as error:
+        raise UnavailableError(
+            "store.too_busy",
+            "All connections to the database are in use.",
+            hint="The coordinator is overloaded; the call may be repeated.",
+        ) from error
 
 
 def _our_error(error: OperationalError) -> ColdmergeError:

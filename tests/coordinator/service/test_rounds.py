@@ -163,3 +163,11 @@ def test_an_evaluation_when_none_is_awaited(live: Live) -> None:
     assert caught.value.code == "round.wrong_state"
     with pytest.raises(NotFoundError):
         _report(a, _evaluation(a, round="round-0"))
+
+
+def test_the_webhook_is_nobodys_business(live: Live) -> None:
+    """Its URL is a credential with most receivers."""
+    round_ = live.open_round(webhook="https://hooks.example.org/T0/B0/secret")
+    org = live.machine("a", "auditor")
+    found = call(org.rounds.Get, rounds_pb2.GetRoundRequest(id=round_.id))
+    assert b"secret" not in found.SerializeToString()
