@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coldmerge.core.errors import ConflictError, PermissionDeniedError
+from coldmerge.core.progress import Progress, silent
 from coldmerge.wire.v1 import common_pb2, contributions_pb2
 from coldmerge_client.evaluate import evaluate, report
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import Outbox
 from coldmerge_client.policy import SendPolicy
 from coldmerge_client.prepare import Facts, base_of, prepare
-from coldmerge_client.progress import Progress, silent
 from coldmerge_client.pull import prune, pull
 from coldmerge_client.push import Approve, send
 from coldmerge_client.session import Session

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from coldmerge.core.digests import file_digest
 from coldmerge.core.errors import IntegrityError
 from coldmerge.core.files import raise_if_full
+from coldmerge.core.progress import Counter
 from coldmerge_client.patience import persist
-from coldmerge_client.progress import Counter
 from coldmerge_client.session import Session
 
 PARALLEL = 8
-_READ_BYTES = 2**20
 
 
 def fetch(session: Session, wanted: Mapping[str, int], folder: Path, counter: Counter) -> None:
@@ -55,7 +54,7 @@ def _fetch_one(session: Session, sha256: str, nbytes: int, folder: Path, counter
         patience=session.timeout,
         on_retry=session.on_retry,
     )
-    if _sha256(part) != sha256:
+    if file_digest(part)[0] != sha256:
         part.unlink()
         counter.add(-nbytes)
         if not resumed:
@@ -91,14 +90,6 @@ def _continue(session: Session, sha256: str, nbytes: int, part: Path, counter: C
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _wrong_bytes(sha256: str, got: str) -> IntegrityError:

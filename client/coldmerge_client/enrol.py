@@ -22,6 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ConfigError, ConflictError, IntegrityError
+from coldmerge.core.ids import IDENTIFIER_RULE, is_identifier
 from coldmerge.wire.calls import OnRetry, call
 from coldmerge.wire.channel import secure_channel
 from coldmerge.wire.convert import timestamp
@@ -31,8 +32,6 @@ from coldmerge.wire.v1 import enrolment_pb2, enrolment_pb2_grpc
 from coldmerge_client import sent_log
 from coldmerge_client.files import write_atomic
 from coldmerge_client.home import Home, Membership
-
-_MACHINE = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 
 
 def join(
@@ -186,11 +185,11 @@ def _refuse_second(home: Home) -> None:
 def _machine_name(given: str | None) -> str:
     name = given or re.sub(r"[^a-zA-Z0-9._-]", "-", socket.gethostname()).strip("-._") or "machine"
     name = name if given else name[:64]
-    if not _MACHINE.fullmatch(name):
+    if not is_identifier(name):
         raise ConfigError(
             "enrol.bad_machine_name",
             "The machine's name cannot be used.",
-            expected="up to 64 letters, digits, dots, dashes and underscores",
+            expected=IDENTIFIER_RULE,
             got=name,
             hint="Pass another one with --machine.",
         )

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from coldmerge.core.documents import Evaluation, sign
 from coldmerge.core.errors import ConflictError
+from coldmerge.core.progress import Progress, silent
 from coldmerge.evaluation.metrics import PairedScores, paired
 from coldmerge.wire.v1 import common_pb2
 from coldmerge_client import sent_log
 from coldmerge_client.prepare import base_of
-from coldmerge_client.progress import Progress, silent
 from coldmerge_client.pull import pull_candidate
 from coldmerge_client.session import Session
 from coldmerge_client.training.config import TrainConfig

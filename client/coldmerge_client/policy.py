@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coldmerge.core.documents import Encoding
 from coldmerge.core.errors import ConfigError
+from coldmerge.core.validation import first_problem
 
 
 class SendPolicy(BaseModel):
@@ -46,8 +47,8 @@ class SendPolicy(BaseModel):
         try:
             return cls.model_validate(yaml.safe_load(path.read_text("utf-8")) or {})
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            problem = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+            first = first_problem(error)
+            problem = f"{first.key}: {first.text}."
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             problem = str(error)
         raise ConfigError(

@@ -20,12 +20,13 @@ from coldmerge.core.errors import (
     PermissionDeniedError,
 )
 from coldmerge.core.extraction import Extraction, extract
+from coldmerge.core.progress import Counter, Progress, silent
 from coldmerge.core.task_vector import TaskVector
+from coldmerge.core.validation import first_problem
 from coldmerge.wire.v1 import common_pb2
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import PAYLOAD, Outbox, OutboxEntry
 from coldmerge_client.policy import SendPolicy
-from coldmerge_client.progress import Counter, Progress, silent
 from coldmerge_client.pull import Pulled, pull
 from coldmerge_client.session import Session
 
@@ -209,12 +210,12 @@ def _manifest(
             training=dict(facts.training) if policy.metrics else {},
         )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        problem = first_problem(error)
         raise DataError(
             "push.bad_numbers",
-            f"The facts about training cannot be sent: {first['msg']}.",
+            f"The facts about training cannot be sent: {problem.text}.",
             expected="finite numbers under lower-case names, and at least one example",
-            got=f"{'.'.join(map(str, first['loc']))} = {first['input']}",
+            got=f"{problem.key} = {problem.got}",
             hint="Correct the trainer, or pass --examples; `metrics: false` in policy.yaml "
             "leaves the metrics at home.",
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import shutil
@@ -14,17 +13,19 @@ from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.checkpoint_writer import CheckpointWriter
 from coldmerge.core.digests import Content
 from coldmerge.core.documents import TensorEntry
+from coldmerge.core.dtypes import blocks
 from coldmerge.core.errors import ColdmergeError, IntegrityError
 from coldmerge.core.files import PositionalFile
+from coldmerge.core.progress import Counter, Progress, silent
+from coldmerge.core.release_file import RELEASE_FILE, render_release_file
+from coldmerge.wire.convert import signed_from_proto
 from coldmerge.wire.v1 import models_pb2
 from coldmerge_client.download import fetch
 from coldmerge_client.files import exclusive, require_space
 from coldmerge_client.home import Home, Seen
-from coldmerge_client.progress import Counter, Progress, silent
 from coldmerge_client.session import Session
 from coldmerge_client.trust import check_not_older, checked_content, checked_record
 
-RELEASE_JSON = "coldmerge-release.json"
 _BLOCK_BYTES = 4 * 2**20
 
 
@@ -142,7 +143,8 @@ def _assemble(
     damaged: set[Path] = set()
     sizes = _sizes(content)
     cache = session.home.cache / "blobs"
-    about = _release_json(session, content, release)
+    signed = signed_from_proto(release.record) if release.record.document else None
+    about = render_release_file(signed, session.member.signing_key, content)
     for left in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
         shutil.rmtree(left, ignore_errors=True)
     while True:
@@ -202,7 +204,7 @@ def _write(
             if hashlib.sha256(data).hexdigest() != file.sha256:
                 raise _damaged(source, path)
             writer.write_file(file.path, data)
-        writer.write_file(RELEASE_JSON, about)
+        writer.write_file(RELEASE_FILE, about)
 
 
 def _tensor_blocks(
@@ -211,16 +213,15 @@ def _tensor_blocks(
     if entry.nbytes == 0:
         return
     if source is None:
-        file = PositionalFile(cache / entry.sha256)
-        for start in range(0, entry.nbytes, _BLOCK_BYTES):
-            yield file.read(start, min(start + _BLOCK_BYTES, entry.nbytes))
-        file.close()
+        with PositionalFile(cache / entry.sha256) as file:
+            for start, stop in blocks(entry.nbytes, _BLOCK_BYTES):
+                yield file.read(start, stop)
         return
     try:
         if source.folder not in opened:
             opened[source.folder] = Checkpoint.open(source.folder)
-        for start in range(0, entry.nbytes, _BLOCK_BYTES):
-            yield opened[source.folder].raw(source.name, start, start + _BLOCK_BYTES)
+        for start, stop in blocks(entry.nbytes, _BLOCK_BYTES):
+            yield opened[source.folder].raw(source.name, start, stop)
     except ColdmergeError as error:
         raise _DamagedError(source.folder) from error
 
@@ -237,23 +238,10 @@ def _damaged(source: _Source | None, cached: Path) -> Exception:
     )
 
 
-def _release_json(session: Session, content: Content, release: models_pb2.Release) -> bytes:
-    """The same as an export writes. A candidate has no record."""
-    document, signature = release.record.document, release.record.signature
-    body = {
-        "record": json.loads(document) if document else None,
-        "document": base64.b64encode(document).decode(),
-        "signature": base64.b64encode(signature).decode(),
-        "signing_key": session.member.signing_key,
-        "listing": content.to_json(),
-    }
-    return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
-
-
 def _listing(folder: Path, digest: str | None = None) -> Content | None:
     """What a complete local folder holds, if it is there (and has `digest`)."""
     try:
-        body = json.loads((folder / RELEASE_JSON).read_bytes())
+        body = json.loads((folder / RELEASE_FILE).read_bytes())
         content = Content.from_json(body["listing"])
     except (OSError, ValueError, KeyError, TypeError, IntegrityError):
         return None

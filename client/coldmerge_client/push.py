@@ -18,6 +18,7 @@ from coldmerge.core.errors import (
     UnavailableError,
 )
 from coldmerge.core.files import PositionalFile
+from coldmerge.core.progress import Progress, silent
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.wire.channel import CHUNK_BYTES
 from coldmerge.wire.convert import signed_from_proto
@@ -27,7 +28,6 @@ from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import Outbox, OutboxEntry
 from coldmerge_client.policy import SendPolicy
 from coldmerge_client.prepare import Facts, Leaving, check_size, describe, open_round, prepare
-from coldmerge_client.progress import Progress, silent
 from coldmerge_client.session import Session
 
 _MAX_STALLED = 5

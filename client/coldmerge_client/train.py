@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from coldmerge.core.files import fsync_path
+from coldmerge.core.progress import Progress, silent
 from coldmerge_client.files import exclusive, read_json, write_json
 from coldmerge_client.home import Home
-from coldmerge_client.progress import Progress, silent
 from coldmerge_client.pull import Pulled
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.trainer import Trained, TrainJob, load_trainer

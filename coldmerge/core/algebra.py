@@ -12,11 +12,10 @@ from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.checkpoint_writer import CheckpointWriter
 from coldmerge.core.dtypes import FLOATS, Floats32, Floats64, blocks, from_float32, size
 from coldmerge.core.errors import TaskVectorError
+from coldmerge.core.files import CHUNK_BYTES
+from coldmerge.core.progress import Advance
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.core.vector_writer import VectorWriter
-
-CHUNK_BYTES = 2**20
-Progress = Callable[[int], None]
 
 
 class Delta(Protocol):
@@ -45,7 +44,7 @@ def apply(
     base: Checkpoint,
     vectors: Sequence[tuple[Delta, float]],
     out: Path | str,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Checkpoint:
     """Write the folder θ = base + Σ wᵢτᵢ, summed in float64, in the base's own types.
 
@@ -198,7 +197,7 @@ def rewrite(
     out: Path | str,
     touched: frozenset[str],
     rows: Callable[[str], Iterator[Floats32]],
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Checkpoint:
     """Write `base` again with the `touched` tensors replaced by `rows(name)`, block by block."""
     with CheckpointWriter(out) as writer:

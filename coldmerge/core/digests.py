@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,10 @@ from pydantic import ValidationError
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.documents import FileEntry, TensorEntry
+from coldmerge.core.dtypes import blocks
 from coldmerge.core.errors import IntegrityError
-from coldmerge.core.files import PositionalFile
-
-CHUNK_BYTES = 2**20
+from coldmerge.core.files import CHUNK_BYTES, PositionalFile
+from coldmerge.core.progress import Advance
 
 
 @dataclass(frozen=True)
@@ -76,32 +76,31 @@ class Content:
         return cls(tensors, files)
 
 
-def content_entries(
-    checkpoint: Checkpoint, progress: Callable[[int], None] | None = None
-) -> Content:
+def content_entries(checkpoint: Checkpoint, progress: Advance | None = None) -> Content:
     """Hash every tensor and file of a folder, one chunk at a time.
 
     `progress` is called with the number of bytes hashed since the last call.
     """
     tensors = []
     for name, spec in checkpoint.tensors.items():
-        digest = hashlib.sha256()
-        for start in range(0, spec.nbytes, CHUNK_BYTES):
-            chunk = checkpoint.raw(name, start, min(start + CHUNK_BYTES, spec.nbytes))
-            digest.update(chunk)
-            if progress:
-                progress(len(chunk))
+        sha256 = tensor_digest(checkpoint, name, progress)
         tensors.append(
             TensorEntry(
-                name=name,
-                dtype=spec.dtype,
-                shape=spec.shape,
-                sha256=digest.hexdigest(),
-                nbytes=spec.nbytes,
+                name=name, dtype=spec.dtype, shape=spec.shape, sha256=sha256, nbytes=spec.nbytes
             )
         )
     files = tuple(_file_entry(checkpoint.folder, path) for path in checkpoint.files())
     return Content(tuple(tensors), tuple(sorted(files, key=lambda entry: entry.path)))
+
+
+def tensor_digest(checkpoint: Checkpoint, name: str, progress: Advance | None = None) -> str:
+    """sha256 (hexadecimal) of a tensor's bytes, read one chunk at a time."""
+    digest = hashlib.sha256()
+    for start, stop in blocks(checkpoint.tensors[name].nbytes, CHUNK_BYTES):
+        digest.update(checkpoint.raw(name, start, stop))
+        if progress:
+            progress(stop - start)
+    return digest.hexdigest()
 
 
 def _file_entry(folder: Path, path: Path) -> FileEntry:
@@ -111,10 +110,10 @@ def _file_entry(folder: Path, path: Path) -> FileEntry:
 
 def file_digest(path: Path) -> tuple[str, int]:
     """sha256 (hexadecimal) and size of a file, read one chunk at a time."""
-    digest, file = hashlib.sha256(), PositionalFile(path)
-    for start in range(0, file.size, CHUNK_BYTES):
-        digest.update(file.read(start, min(start + CHUNK_BYTES, file.size)))
-    file.close()
+    digest = hashlib.sha256()
+    with PositionalFile(path) as file:
+        for start, stop in blocks(file.size, CHUNK_BYTES):
+            digest.update(file.read(start, stop))
     return digest.hexdigest(), file.size
 
 

@@ -18,13 +18,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from coldmerge.core.errors import ManifestError
+from coldmerge.core.ids import IDENTIFIER, TENSOR_NAME
+from coldmerge.core.validation import first_problem
 
 MAX_DOCUMENT_BYTES = 8 * 2**20
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Identifier = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
+Identifier = Annotated[str, Field(pattern=rf"^{IDENTIFIER}$")]
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
-TensorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$")]
+TensorName = Annotated[str, Field(pattern=rf"^{TENSOR_NAME}$")]
 Encoding = Literal["fp32", "bf16"]
 Kind = Literal["full", "lora"]
 
@@ -93,9 +95,8 @@ class Document(BaseModel):
 
 def _first_problem(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return f"{place}: {first['msg']}"
+        problem = first_problem(error)
+        return f"{problem.key}: {problem.text}"
     return str(error)
 
 

@@ -19,11 +19,11 @@ from coldmerge.core.documents import TensorEntry
 from coldmerge.core.dtypes import Floats32, blocks, from_float32, size, to_float32
 from coldmerge.core.errors import TaskVectorError
 from coldmerge.core.matching import Matching, match_folder, sort_out
+from coldmerge.core.progress import Advance
 from coldmerge.core.task_vector import TaskVector, sum_of_squares
 from coldmerge.core.vector_writer import VectorWriter
 
 Read = Callable[[str, int, int], Floats32]
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def extract(
     base_digest: str,
     private: Sequence[str] = (),
     encoding: str = "fp32",
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Extraction:
     """Write the task vector of `tuned` (a model folder or a PEFT adapter folder) to `out`.
 
@@ -110,7 +110,7 @@ def _extract_adapter(
     base_digest: str,
     private: Sequence[str],
     encoding: str,
-    progress: Progress | None,
+    progress: Advance | None,
 ) -> Extraction:
     adapter = Adapter(folder)
     targets = {target.weight: target for target in adapter.targets.values()}
@@ -155,7 +155,7 @@ def _result(vector: TaskVector, matching: Matching, squares: dict[str, float]) -
 
 
 def _write_full(
-    base: Checkpoint, read: Read, job: _Job, writer: VectorWriter, progress: Progress | None
+    base: Checkpoint, read: Read, job: _Job, writer: VectorWriter, progress: Advance | None
 ) -> float:
     """Append one full delta; gives the sum of the squares of what was stored."""
     total = 0.0
@@ -182,7 +182,7 @@ def _deltas(base: Checkpoint, read: Read, job: _Job) -> Iterator[Floats32]:
 
 
 def _write_factors(
-    adapter: Adapter, job: _Job, target: Target, writer: VectorWriter, progress: Progress | None
+    adapter: Adapter, job: _Job, target: Target, writer: VectorWriter, progress: Advance | None
 ) -> float:
     factors = adapter.factors(target, job.shape)
     squares = [sum_of_squares(factor.reshape(-1)) for factor in factors]

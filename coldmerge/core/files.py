@@ -6,12 +6,19 @@ import errno
 import os
 import weakref
 from pathlib import Path
+from typing import Self
 
 from coldmerge.core.errors import CheckpointError, IntegrityError, ResourceError
 
+CHUNK_BYTES = 2**20
+"""Bytes of a file that are in memory at a time."""
+
 
 class PositionalFile:
-    """A file read with pread: safe to share between threads, and nothing stays mapped."""
+    """A file read with pread: safe to share between threads, and nothing stays mapped.
+
+    A context manager; garbage collection gives the descriptor back, too.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -54,8 +61,14 @@ class PositionalFile:
         return raw
 
     def close(self) -> None:
-        """Give the descriptor back. Garbage collection does the same."""
+        """Give the descriptor back."""
         self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:

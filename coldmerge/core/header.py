@@ -17,12 +17,12 @@ from typing import Any, Protocol
 from coldmerge.core.dtypes import NUMPY, nbytes, size
 from coldmerge.core.errors import CheckpointError
 from coldmerge.core.files import PositionalFile
+from coldmerge.core.ids import TENSOR_NAME
 
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 16
 MAX_EXTENT = 2**40
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -111,11 +111,8 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: anything is wrong with it; the code says what.
     """
-    file = PositionalFile(path)
-    try:
+    with PositionalFile(path) as file:
         return parse_header(file)
-    finally:
-        file.close()
 
 
 def parse_header(file: PositionalFile) -> Header:
@@ -198,7 +195,7 @@ def _natural(value: object, limit: int) -> bool:
 
 
 def _parse_tensor(name: str, value: object, path: Path) -> TensorSpec:
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(TENSOR_NAME, name):
         raise CheckpointError(
             "safetensors.bad_name",
             "A tensor has a name that coldmerge does not accept.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.dtypes import FLOATS, NUMPY, blocks
+from coldmerge.core.digests import tensor_digest
+from coldmerge.core.dtypes import FLOATS, NUMPY
 from coldmerge.core.errors import TaskVectorError
+from coldmerge.core.files import CHUNK_BYTES
 from coldmerge.core.header import TensorSpec
 from coldmerge.core.names import match_names, private_pattern
 
-_CHUNK_BYTES = 2**20
 _NOT_THERE = "not a tensor of the release"
 
 
@@ -143,18 +143,11 @@ def _same_bytes(checkpoint: Checkpoint, name: str, others: Sequence[str]) -> str
     ]
     if len(spec.shape) < 2 or not alike or _constant(checkpoint, name):
         return None
-    wanted = _hash(checkpoint, name)
-    return next((other for other in alike if _hash(checkpoint, other) == wanted), None)
+    wanted = tensor_digest(checkpoint, name)
+    return next((other for other in alike if tensor_digest(checkpoint, other) == wanted), None)
 
 
 def _constant(checkpoint: Checkpoint, name: str) -> bool:
     width = NUMPY[checkpoint.dtype(name)].itemsize
-    cells = np.frombuffer(checkpoint.raw(name, 0, _CHUNK_BYTES), np.uint8).reshape(-1, width)
+    cells = np.frombuffer(checkpoint.raw(name, 0, CHUNK_BYTES), np.uint8).reshape(-1, width)
     return bool((cells == cells[:1]).all())
-
-
-def _hash(checkpoint: Checkpoint, name: str) -> bytes:
-    digest = hashlib.sha256()
-    for start, stop in blocks(checkpoint.tensors[name].nbytes, _CHUNK_BYTES):
-        digest.update(checkpoint.raw(name, start, stop))
-    return digest.digest()

@@ -22,12 +22,11 @@ import numpy as np
 from coldmerge.core.documents import Encoding, Kind, TensorEntry
 from coldmerge.core.dtypes import ENCODINGS, NUMPY, Floats32, Floats64, blocks, size, to_float32
 from coldmerge.core.errors import NotFoundError, TaskVectorError
-from coldmerge.core.files import PositionalFile
+from coldmerge.core.files import CHUNK_BYTES, PositionalFile
 from coldmerge.core.header import Described, Header, layout, parse_header, render_header
 from coldmerge.core.names import split_factor
 
 TILE = 2**17
-_CHUNK_BYTES = 2**20
 
 
 def vector_header(
@@ -93,7 +92,7 @@ class TaskVector:
         found = []
         for spec in self.specs.values():
             digest = hashlib.sha256()
-            for start, stop in blocks(spec.nbytes, _CHUNK_BYTES):
+            for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
                 at = self.payload_start + spec.start
                 digest.update(self._file.read(at + start, at + stop))
             found.append(

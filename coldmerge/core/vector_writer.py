@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from coldmerge.core.dtypes import ENCODINGS, Floats32, as_bytes, from_float32, nbytes
@@ -87,12 +86,7 @@ class VectorWriter:
         """How many tensors were kept so far."""
         return len(self._kept)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 os.ftruncate(self._fd, self._end)

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from coldmerge.core.errors import ConfigError
+from coldmerge.core.validation import first_problem
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(?:[1-9][0-9]{0,8}[smhd])+")
@@ -186,13 +187,12 @@ def parse_template(values: object, source: str) -> RoundTemplate:
     try:
         return RoundTemplate.model_validate({} if values is None else values)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the top level"
+        problem = first_problem(error)
         raise ConfigError(
             "policy.invalid",
-            f"The round policy {source} is wrong at {key}: {first['msg'].removesuffix('.')}.",
+            f"The round policy {source} is wrong at {problem.key}: {problem.text}.",
             hint="docs/rounds.md lists every key with its default.",
-            key=key,
+            key=problem.key,
         ) from error
 
 

@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from coldmerge.core.errors import ConfigError
+from coldmerge.core.validation import first_problem
 
 
 def _below_the_file(path: Path, info: ValidationInfo) -> Path:
@@ -156,13 +157,12 @@ class TrainConfig(Settings):
         try:
             return cls.model_validate(raw, context={"folder": folder or Path.cwd()})
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(str(part) for part in first["loc"]) or "the file"
+            problem = first_problem(error, "the file")
             raise ConfigError(
                 "training.bad_config",
-                f"The training configuration is wrong at {key}: {first['msg']}.",
-                got=None if first["type"] == "missing" else first["input"],
-                hint="The keys are listed in the documentation, under training configuration.",
+                f"The training configuration is wrong at {problem.key}: {problem.text}.",
+                got=problem.got,
+                hint="docs/training.md lists every key with its default.",
                 folder=folder,
             ) from error
 
