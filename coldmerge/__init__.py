@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coldmerge.core.errors import ColdmergeError
     from coldmerge.core.extraction import Extraction, extract
     from coldmerge.core.task_vector import TaskVector
-    from coldmerge.merging import Input, merge, method
+    from coldmerge.merging import Input, merge, merger
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ __all__ = [
     "content_entries",
     "extract",
     "merge",
-    "method",
+    "merger",
     "negate",
     "scale",
 ]
@@ -55,7 +55,7 @@ _HOMES = {
     "coldmerge.core.errors": ("ColdmergeError",),
     "coldmerge.core.extraction": ("Extraction", "extract"),
     "coldmerge.core.task_vector": ("TaskVector",),
-    "coldmerge.merging": ("Input", "merge", "method"),
+    "coldmerge.merging": ("Input", "merge", "merger"),
 }
 
 

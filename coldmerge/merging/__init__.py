@@ -1,15 +1,15 @@
 """Merge methods, and the engine that streams blocks of task vectors through them."""
 
-from coldmerge.merging.engine import Input, Method, Source, merge, merge_tensor, merged_blocks
-from coldmerge.merging.methods import METHODS, method
+from coldmerge.merging.engine import Input, Merger, Source, merge, merge_tensor, merged_blocks
+from coldmerge.merging.methods import MERGERS, merger
 
 __all__ = [
-    "METHODS",
+    "MERGERS",
     "Input",
-    "Method",
+    "Merger",
     "Source",
     "merge",
     "merge_tensor",
     "merged_blocks",
-    "method",
+    "merger",
 ]

@@ -1,4 +1,4 @@
-"""The merge engine: blocks of task vectors through a kernel, in the order of their keys.
+"""The merge engine: blocks of task vectors through a merger, in the order of their keys.
 
 Memory is O(block), whatever the number of inputs. The order is that of the sorted keys
 (manifest digests) and sums are float64, so the same inputs give the same bytes.
@@ -7,7 +7,7 @@ Memory is O(block), whatever the number of inputs. The order is that of the sort
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from coldmerge.core.algebra import Delta, check_fits, common_base, rewrite, roun
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.dtypes import BLOCK, Floats32, Floats64, blocks
 from coldmerge.core.errors import ConfigError
+from coldmerge.core.progress import Advance
 
 
 class Source(Protocol):
@@ -35,8 +36,8 @@ class Input:
     weight: float = 1.0
 
 
-class Method(Protocol):
-    """A merge kernel: folds the deltas of one block, one after the other."""
+class Merger(Protocol):
+    """A merge method: folds the deltas of one block, one after the other."""
 
     @property
     def name(self) -> str:
@@ -86,7 +87,7 @@ def in_order(inputs: Sequence[Input]) -> tuple[list[Input], float]:
 
 
 def merged_blocks(
-    name: str, size: int, inputs: Sequence[Input], method: Method, block: int = BLOCK
+    name: str, size: int, inputs: Sequence[Input], merger: Merger, block: int = BLOCK
 ) -> Iterator[tuple[int, int, Floats64]]:
     """The merged delta of one tensor of `size` elements, as (start, stop, τ) from 0 to size.
 
@@ -96,10 +97,10 @@ def merged_blocks(
     ordered, total = in_order(inputs)
     touching = [item for item in ordered if name in item.source.names]
     for start, stop in blocks(size, block):
-        state = method.init(stop - start)
+        state = merger.init(stop - start)
         for item in touching:
-            method.fold(state, item.source.block(name, start, stop), item.weight)
-        yield start, stop, method.finish(state, total)
+            merger.fold(state, item.source.block(name, start, stop), item.weight)
+        yield start, stop, merger.finish(state, total)
 
 
 def merge_tensor(
@@ -107,7 +108,7 @@ def merge_tensor(
     size: int,
     master: Source,
     inputs: Sequence[Input],
-    method: Method,
+    merger: Merger,
     block: int = BLOCK,
 ) -> Iterator[Floats32]:
     """The new fp32 master of one tensor, block by block: master + τ in float64, rounded once.
@@ -116,7 +117,7 @@ def merge_tensor(
         ConfigError: the inputs or weights are unusable.
         TaskVectorError: a result is NaN or Inf.
     """
-    for start, stop, tau in merged_blocks(name, size, inputs, method, block):
+    for start, stop, tau in merged_blocks(name, size, inputs, merger, block):
         tau += master.block(name, start, stop)
         yield round_once(name, tau)
 
@@ -124,14 +125,13 @@ def merge_tensor(
 def merge(
     base: Checkpoint,
     inputs: Sequence[Input],
-    method: Method,
+    merger: Merger,
     out: Path | str,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Checkpoint:
     """Merge task vectors into a new model folder, in the base's own types.
 
-    `progress` is called with the number
-    of bytes written since the last call.
+    `progress` is called with the number of bytes written since the last call.
 
     Raises:
         ConfigError: the inputs or weights are unusable.
@@ -146,6 +146,6 @@ def merge(
     touched = frozenset[str]().union(*(vector.names for vector in vectors))
 
     def rows(name: str) -> Iterator[Floats32]:
-        return merge_tensor(name, base.tensors[name].size, base, inputs, method)
+        return merge_tensor(name, base.tensors[name].size, base, inputs, merger)
 
     return rewrite(base, out, touched, rows, progress)

@@ -16,10 +16,10 @@ from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.dtypes import Floats32, from_float32
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.core.extraction import extract
-from coldmerge.merging import METHODS, Input, merge, merge_tensor, merged_blocks, method
+from coldmerge.merging import MERGERS, Input, merge, merge_tensor, merged_blocks, merger
 
 DIGEST = "12" * 32
-MEAN = METHODS["mean"]
+MEAN = MERGERS["mean"]
 in_tmp = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
@@ -195,9 +195,9 @@ def test_a_sum_beyond_float32_is_refused() -> None:
 
 
 def test_an_unknown_method_lists_the_known_ones() -> None:
-    assert method("mean") is MEAN
+    assert merger("mean") is MEAN
     with pytest.raises(ColdmergeError) as caught:
-        method("average")
+        merger("average")
     assert caught.value.code == "merge.unknown_method"
     assert caught.value.expected == "mean"
 
@@ -221,4 +221,4 @@ def test_a_folder_refuses_inputs_that_do_not_fit(tmp_path: Path, change: str) ->
 
 
 def test_each_method_is_registered_under_its_name() -> None:
-    assert all(found.name == name for name, found in METHODS.items())
+    assert all(found.name == name for name, found in MERGERS.items())

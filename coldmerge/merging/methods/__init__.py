@@ -1,26 +1,26 @@
-"""The merge methods by name. A new one is a file here, a line below, and its test."""
+"""The mergers by the name of their method. A new one is a file here, a line below, its test."""
 
 from __future__ import annotations
 
 from coldmerge.core.errors import ConfigError
-from coldmerge.merging.engine import Method
+from coldmerge.merging.engine import Merger
 from coldmerge.merging.methods.mean import Mean
 
-METHODS: dict[str, Method] = {"mean": Mean()}
+MERGERS: dict[str, Merger] = {"mean": Mean()}
 
 
-def method(name: str) -> Method:
-    """The method called `name`.
+def merger(name: str) -> Merger:
+    """The merger of the method called `name`.
 
     Raises:
         ConfigError: there is none.
     """
-    if name not in METHODS:
+    if name not in MERGERS:
         raise ConfigError(
             "merge.unknown_method",
             f"There is no merge method {name}.",
-            expected=" | ".join(sorted(METHODS)),
+            expected=" | ".join(sorted(MERGERS)),
             got=name,
             hint="Change `merge.method` in the round policy.",
         )
-    return METHODS[name]
+    return MERGERS[name]
