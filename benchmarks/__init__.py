@@ -1,0 +1,1 @@
+"""Figures that the docs quote. `make bench` runs `benchmarks.loop`."""

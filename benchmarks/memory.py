@@ -1,0 +1,68 @@
+"""Private memory of processes while they run, from /proc (Linux only)."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+EVERY_SECONDS = 0.05
+
+
+def private_bytes(pid: int) -> int:
+    """Private_Clean + Private_Dirty of a process; 0 when it has ended."""
+    total = 0
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Private_Clean:", "Private_Dirty:")):
+                total += 1024 * int(line.split()[1])
+    return total
+
+
+def children(pid: int) -> list[int]:
+    """Processes that any thread of `pid` has started and that still run."""
+    found: list[int] = []
+    with suppress(OSError):
+        for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += [int(child) for child in listed.read_text().split()]
+    return sorted(found)
+
+
+class Sampler:
+    """Keeps the largest private memory seen of each watched process, by a name for it.
+
+    A context manager: a thread samples from enter to exit.
+    """
+
+    def __init__(self) -> None:
+        self._watched: dict[int, str] = {}
+        self._peaks: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def watch(self, name: str, pid: int) -> None:
+        """Sample `pid` from now on; several processes may share a name."""
+        with self._lock:
+            self._watched[pid] = name
+
+    def take(self) -> dict[str, int]:
+        """Peaks since the last call, of processes that were alive."""
+        with self._lock:
+            peaks, self._peaks = self._peaks, {}
+        return dict(sorted(peaks.items()))
+
+    def _run(self) -> None:
+        while not self._end.wait(EVERY_SECONDS):
+            with self._lock:
+                for pid, name in self._watched.items():
+                    if used := private_bytes(pid):
+                        self._peaks[name] = max(used, self._peaks.get(name, 0))
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
