@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coldmerge.core.digests import Content
@@ -33,13 +32,6 @@ def timestamp(moment: datetime) -> Timestamp:
 def instant(message: Timestamp) -> datetime:
     """The UTC time in a message."""
     return message.ToDatetime(UTC)
-
-
-def duration(length: timedelta) -> Duration:
-    """A length of time as its message."""
-    message = Duration()
-    message.FromTimedelta(length)
-    return message
 
 
 def tensor_to_proto(entry: TensorEntry) -> common_pb2.Tensor:

@@ -1,1 +1,1 @@
-"""x."""
+"""What runs at the coordinator: services, store, driver and merge worker. No terminal."""

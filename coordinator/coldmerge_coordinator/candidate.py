@@ -16,15 +16,13 @@ from coldmerge.core.digests import Content
 from coldmerge.core.documents import Manifest, TensorEntry
 from coldmerge.core.dtypes import Floats32, blocks, nbytes, size
 from coldmerge.core.errors import IntegrityError, ResourceError
-from coldmerge.core.files import PositionalFile
+from coldmerge.core.files import CHUNK_BYTES, PositionalFile
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.merging.engine import Input, merge_tensor
-from coldmerge.merging.methods import method
+from coldmerge.merging.methods import merger
 from coldmerge.rounds.policy import MergePolicy
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.tensor_sink import TensorSink
-
-CHUNK_BYTES = 2**20
 
 Beat = Callable[[], None]
 
@@ -99,16 +97,15 @@ def _verify(sealed: Sealed, vector: TaskVector, beat: Beat) -> None:
     promised = [(entry.name, entry.dtype, entry.shape) for entry in sealed.manifest.tensors]
     if specs != promised:
         raise _corrupt(sealed, "its list of tensors")
-    file = PositionalFile(sealed.payload)
-    for entry in sealed.manifest.tensors:
-        found = hashlib.sha256()
-        at = vector.payload_start + vector.specs[entry.name].start
-        for start, stop in blocks(entry.nbytes, CHUNK_BYTES):
-            found.update(file.read(at + start, at + stop))
-            beat()
-        if found.hexdigest() != entry.sha256:
-            raise _corrupt(sealed, f"tensor {entry.name}")
-    file.close()
+    with PositionalFile(sealed.payload) as file:
+        for entry in sealed.manifest.tensors:
+            found = hashlib.sha256()
+            at = vector.payload_start + vector.specs[entry.name].start
+            for start, stop in blocks(entry.nbytes, CHUNK_BYTES):
+                found.update(file.read(at + start, at + stop))
+                beat()
+            if found.hexdigest() != entry.sha256:
+                raise _corrupt(sealed, f"tensor {entry.name}")
 
 
 def _corrupt(sealed: Sealed, where: str) -> IntegrityError:
@@ -126,9 +123,9 @@ def _merge(
     blobs: BlobStore, job: Job, entry: TensorEntry, inputs: Sequence[Input], beat: Beat
 ) -> tuple[TensorEntry, str]:
     master = MasterSource(blobs, job.masters)
-    kernel = method(job.policy.method)
+    chosen = merger(job.policy.method)
     with TensorSink(blobs, entry.name, entry.dtype) as sink:
-        for block in merge_tensor(entry.name, size(entry.shape), master, inputs, kernel):
+        for block in merge_tensor(entry.name, size(entry.shape), master, inputs, chosen):
             sink.write(block)
             beat()
         stored = sink.commit()

@@ -14,6 +14,7 @@ from sqlalchemy.exc import ArgumentError
 from coldmerge.core.documents import Identifier
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.files import fsync_path
+from coldmerge.core.validation import first_problem
 
 FILE_NAME = "config.yaml"
 
@@ -86,13 +87,12 @@ def load(folder: Path) -> CoordinatorConfig:
             hint=f"Make one with `coldmerge coordinator init {folder}`.",
         ) from error
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the top level"
+        problem = first_problem(error)
         raise ConfigError(
             "config.invalid",
-            f"{path} is wrong at {key}: {first['msg'].removesuffix('.')}.",
+            f"{path} is wrong at {problem.key}: {problem.text}.",
             hint=f"The keys are {', '.join(CoordinatorConfig.model_fields)}.",
-            key=key,
+            key=problem.key,
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(

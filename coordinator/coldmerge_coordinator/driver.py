@@ -117,15 +117,8 @@ class Driver:
                 row = rounds.open_round(session, name, template.policy(), now)
                 log.info("schedule.opened", model=name, round=row.id)
                 return
-            body = {
-                "kind": "round.skipped",
-                "text": f"the scheduled round of {name} was skipped: {active.id} goes on",
-                "federation": self._store.federation,
-                "model": name,
-                "round": active.id,
-                "state": active.state,
-                "release": None,
-            }
+            text = f"the scheduled round of {name} was skipped: {active.id} goes on"
+            body = notices.about_round(active, "round.skipped", text, self._store.federation)
             notices.insert(session, template.webhook, body, now)
             log.warning("schedule.skipped", model=name, round=active.id, state=active.state)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import select
 
@@ -17,6 +14,8 @@ from coldmerge.core.checkpoint_writer import MAX_SHARD_BYTES, CheckpointWriter
 from coldmerge.core.digests import Content
 from coldmerge.core.documents import FileEntry, ReleaseRecord, Signed
 from coldmerge.core.errors import IntegrityError
+from coldmerge.core.progress import Advance, Counter, Progress, silent
+from coldmerge.core.release_file import RELEASE_FILE, render_release_file
 from coldmerge.report.model_card import CardFacts, model_card
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store import releases as release_table
@@ -24,17 +23,12 @@ from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Evaluation
 
 CARD = "README.md"
-RECORD = "coldmerge-release.json"
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The folder that `export` wrote, and which release is in it."""
+    """Which release `export` wrote, and how many bytes of tensors."""
 
-    folder: Path
-    model: str
     number: int
     digest: str
     nbytes: int
@@ -57,12 +51,12 @@ def export(
     out: Path,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Exported:
     """Write release `number` (None: the latest) of `model` into the new folder `out`.
 
     Every byte is compared with its digest on the way. The folder appears complete or
-    not at all. `progress` is called with numbers of bytes done.
+    not at all.
 
     Raises:
         NotFoundError: no such model or release.
@@ -72,22 +66,19 @@ def export(
     """
     release = _load(store, model, number)
     content = release.content
-    tell = progress or _silent
+    total = sum(tensor.nbytes for tensor in content.tensors)
+    advance = Counter("export", total, progress).add
     with CheckpointWriter(out, max_shard_bytes) as writer:
         writer.declare(content.tensors)
         for tensor in content.tensors:
-            _copy_tensor(store.blobs, writer, tensor.name, tensor.sha256, tell)
+            _copy_tensor(store.blobs, writer, tensor.name, tensor.sha256, advance)
         files = {file.path: _checked(store.blobs, file) for file in content.files}
         for path, data in files.items():
             writer.write_file(path, data)
-        writer.write_file(RECORD, _record(store, release))
+        key = store.signer.key.public_key().public_bytes_raw().hex()
+        writer.write_file(RELEASE_FILE, render_release_file(release.signed, key, content))
         writer.write_file(CARD, _card(release, files.get("config.json")).encode())
-    total = sum(tensor.nbytes for tensor in content.tensors)
-    return Exported(out, model, release.record.number, content.digest, total)
-
-
-def _silent(_nbytes: int) -> None:
-    return
+    return Exported(release.record.number, content.digest, total)
 
 
 def _load(store: Store, model: str, number: int | None) -> _Release:
@@ -113,13 +104,13 @@ def _load(store: Store, model: str, number: int | None) -> _Release:
 
 
 def _copy_tensor(
-    blobs: BlobStore, writer: CheckpointWriter, name: str, sha256: str, progress: Progress
+    blobs: BlobStore, writer: CheckpointWriter, name: str, sha256: str, advance: Advance
 ) -> None:
     found = hashlib.sha256()
     for chunk in blobs.chunks(sha256):
         found.update(chunk)
         writer.write(name, chunk)
-        progress(len(chunk))
+        advance(len(chunk))
     _compare(f"tensor {name}", sha256, found.hexdigest())
 
 
@@ -151,15 +142,3 @@ def _card(release: _Release, config: bytes | None) -> str:
             evaluations=release.evaluations,
         )
     )
-
-
-def _record(store: Store, release: _Release) -> bytes:
-    """The signed record: `document` holds the exact bytes that `signature` is over, in base64."""
-    body: dict[str, Any] = {
-        "record": json.loads(release.signed.document),
-        "document": base64.b64encode(release.signed.document).decode(),
-        "signature": base64.b64encode(release.signed.signature).decode(),
-        "signing_key": store.signer.key.public_key().public_bytes_raw().hex(),
-        "listing": release.content.to_json(),
-    }
-    return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,9 +14,12 @@ from coldmerge.core.digests import Content
 from coldmerge.core.documents import FileEntry, TensorEntry
 from coldmerge.core.dtypes import FLOATS, blocks, nbytes
 from coldmerge.core.errors import CheckpointError, ConfigError, ConflictError, ResourceError
+from coldmerge.core.files import CHUNK_BYTES
 from coldmerge.core.header import TensorSpec
+from coldmerge.core.ids import IDENTIFIER_RULE, is_identifier
 from coldmerge.core.names import is_private
-from coldmerge.merging.methods import method
+from coldmerge.core.progress import Advance, Counter, Progress, silent
+from coldmerge.merging.methods import merger
 from coldmerge.rounds.policy import RoundTemplate
 from coldmerge_coordinator.schedule import next_tick
 from coldmerge_coordinator.store import Store
@@ -26,18 +28,13 @@ from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Model
 from coldmerge_coordinator.tensor_sink import TensorSink
 
-CHUNK_BYTES = 2**20
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _CODE = ("auto_map", "custom_pipelines")
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Imported:
     """What `add_model` did; `notes` are sentences an admin should read."""
 
-    model: str
     digest: str
     tensors: int
     shared: int
@@ -53,12 +50,12 @@ def add_model(
     template: RoundTemplate | None = None,
     *,
     clock: Clock | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Imported:
     """Stream a model folder into the store and publish it as release 0.
 
     Tensors that match `private` patterns stay in the release and are never merged. All
-    memory this needs is a block. `progress` is called with numbers of bytes done.
+    memory this needs is a block.
 
     Raises:
         ConfigError: the name, a pattern or the schedule is wrong.
@@ -75,7 +72,9 @@ def add_model(
     shared = _shared(checkpoint, private)
     notes = _notes(checkpoint, private)
     _check_disk(store.folder, checkpoint)
-    content, masters = _store_content(store.blobs, checkpoint, progress or _silent)
+    total = sum(spec.nbytes for spec in checkpoint.tensors.values())
+    advance = Counter("import", total, progress).add
+    content, masters = _store_content(store.blobs, checkpoint, advance)
     model = Model(
         name=name,
         private_patterns=sorted(set(private)),
@@ -84,8 +83,7 @@ def add_model(
         created_at=now,
     )
     _publish(store, model, content, masters, now)
-    total = sum(entry.nbytes for entry in content.tensors)
-    return Imported(name, content.digest, len(content.tensors), len(shared), total, notes)
+    return Imported(content.digest, len(content.tensors), len(shared), total, notes)
 
 
 def set_template(
@@ -105,16 +103,12 @@ def set_template(
         model.last_scheduled_at = now
 
 
-def _silent(_nbytes: int) -> None:
-    return
-
-
 def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
+    if not is_identifier(name):
         raise ConfigError(
             "model.bad_name",
             "A model cannot have that name.",
-            expected="letters, digits, `.`, `_` and `-`, at most 64, starting with a letter",
+            expected=IDENTIFIER_RULE,
             got=repr(name[:80]),
             hint="Choose a name such as triage-encoder.",
         )
@@ -126,7 +120,7 @@ def check_template(template: RoundTemplate, now: datetime) -> None:
     Raises:
         ConfigError: no such merge method, or a schedule that never comes due.
     """
-    method(template.merge.method)
+    merger(template.merge.method)
     if template.schedule is not None:
         next_tick(template.schedule.cron, template.schedule.timezone, now)
 
@@ -195,14 +189,14 @@ def _check_disk(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _store_content(
-    blobs: BlobStore, checkpoint: Checkpoint, progress: Progress
+    blobs: BlobStore, checkpoint: Checkpoint, advance: Advance
 ) -> tuple[Content, dict[str, str]]:
     tensors, masters = [], {}
     for name, spec in checkpoint.tensors.items():
         if spec.dtype in FLOATS:
-            sha256, masters[name] = _store_float(blobs, checkpoint, spec, progress)
+            sha256, masters[name] = _store_float(blobs, checkpoint, spec, advance)
         else:
-            sha256 = _store_buffer(blobs, checkpoint, spec, progress)
+            sha256 = _store_buffer(blobs, checkpoint, spec, advance)
         tensors.append(
             TensorEntry(
                 name=name, dtype=spec.dtype, shape=spec.shape, sha256=sha256, nbytes=spec.nbytes
@@ -216,25 +210,25 @@ def _store_content(
 
 
 def _store_float(
-    blobs: BlobStore, checkpoint: Checkpoint, spec: TensorSpec, progress: Progress
+    blobs: BlobStore, checkpoint: Checkpoint, spec: TensorSpec, advance: Advance
 ) -> tuple[str, str]:
     with TensorSink(blobs, spec.name, spec.dtype) as sink:
         for start, stop in blocks(spec.size):
             block = checkpoint.block(spec.name, start, stop)
             sink.write(block)
-            progress(nbytes(spec.dtype, block.shape))
+            advance(nbytes(spec.dtype, block.shape))
         stored = sink.commit()
     return stored.published, stored.master
 
 
 def _store_buffer(
-    blobs: BlobStore, checkpoint: Checkpoint, spec: TensorSpec, progress: Progress
+    blobs: BlobStore, checkpoint: Checkpoint, spec: TensorSpec, advance: Advance
 ) -> str:
     with blobs.writer() as writer:
         for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
             chunk = checkpoint.raw(spec.name, start, stop)
             writer.write(bytes(chunk))
-            progress(len(chunk))
+            advance(len(chunk))
         return writer.commit()[0]
 
 

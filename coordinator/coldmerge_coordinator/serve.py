@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ConflictError
 from coldmerge.core.files import fsync_path
 from coldmerge_coordinator.driver import Driver
+from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.servers import Servers
 from coldmerge_coordinator.store import Store
 
@@ -46,22 +46,9 @@ def serve(folder: Path, *, clock: Clock | None = None) -> None:
         ConflictError: another process serves the folder.
     """
     os.umask(0o077)
-    _log_to_stderr()
+    log_to_stderr()
     with Store.open(folder) as store, _only_server(folder):
         asyncio.run(_serve(store, clock or SystemClock()))
-
-
-def _log_to_stderr() -> None:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(sort_keys=True),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 @contextmanager

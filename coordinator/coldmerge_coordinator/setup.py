@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ConfigError, ConflictError
 from coldmerge.core.files import fsync_path
+from coldmerge.core.validation import first_problem
 from coldmerge_coordinator import identity
 from coldmerge_coordinator.config import CoordinatorConfig
 from coldmerge_coordinator.store import Store
@@ -71,10 +72,11 @@ def _config(
             federation=federation, hosts=tuple(hosts), listen=listen, enrol_listen=enrol_listen
         )
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
+        problem = first_problem(error)
         raise ConfigError(
             "coordinator.bad_option",
-            f"The coordinator cannot have that {first['loc'][0]}: {first['msg']}.",
+            f"The coordinator's `{problem.key}` is wrong: {problem.text}.",
+            got=problem.got,
             hint="See `coldmerge coordinator init --help`.",
         ) from error
 

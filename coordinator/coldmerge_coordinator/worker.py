@@ -27,6 +27,7 @@ from coldmerge.core.errors import ColdmergeError, ConflictError, ResourceError, 
 from coldmerge.core.files import raise_if_full
 from coldmerge.rounds.state import MergeDone, MergeFailed, MergeStarted, State
 from coldmerge_coordinator.candidate import Candidate, Job, Sealed, build
+from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.store import Store, contributions, leases, notices, rounds
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.leases import Held
@@ -170,15 +171,7 @@ class Worker:
             if row.state != State.MERGING or row.reason == reason:
                 return
             row.reason, row.version = reason, row.version + 1
-            body = {
-                "kind": "round.stuck",
-                "text": reason,
-                "federation": self._store.federation,
-                "model": row.model,
-                "round": row.id,
-                "state": row.state,
-                "release": None,
-            }
+            body = notices.about_round(row, "round.stuck", reason, self._store.federation)
             notices.insert(session, rounds.get_policy(row).webhook, body, now)
 
     def _let_go(self, held: Held) -> None:
@@ -250,15 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the coordinator's folder")
     parser.add_argument("--parent", type=int, help="end when this is no longer the parent process")
     options = parser.parse_args(arguments)
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(sort_keys=True),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    log_to_stderr()
     stop = _stop_event(options.parent)
     with Store.open(options.folder) as store, _only_one(options.folder / LOCK, stop):
         Worker(store, SystemClock(), stop=stop).run()

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import select
 
 from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.digests import content_entries, master_digest
+from coldmerge.core.digests import content_entries, file_digest, master_digest
 from coldmerge.core.documents import ReleaseRecord, verify
 from coldmerge.core.errors import CheckpointError, ColdmergeError, ConfigError, ConflictError
 from coldmerge.rounds.policy import RoundTemplate
@@ -45,20 +45,26 @@ def test_release_0_is_the_folder(bench: Bench, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     (folder / "modeling.py").write_text("import os")
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
-    done: list[int] = []
+    done: list[tuple[str, int, int]] = []
     imported = add_model(
-        bench.store, "m", folder, ["classifier.*"], clock=bench.clock, progress=done.append
+        bench.store,
+        "m",
+        folder,
+        ["classifier.*"],
+        clock=bench.clock,
+        progress=lambda *step: done.append(step),
     )
     content = content_entries(Checkpoint.open(folder))
     release = bench.release(0)
     assert imported.digest == release.content_digest == content.digest
     assert (imported.tensors, imported.shared) == (4, 3)
-    assert sum(done) == imported.nbytes == sum(entry.nbytes for entry in content.tensors)
+    assert done[-1] == ("import", imported.nbytes, imported.nbytes)
+    assert imported.nbytes == sum(entry.nbytes for entry in content.tensors)
     assert [file.path for file in content.files] == ["config.json", "tokenizer.json"]
     assert len(imported.notes) == 1
     assert "'classifier.*'" in imported.notes[0]
     for entry in content.tensors:
-        bench.store.blobs.verify(entry.sha256)
+        assert file_digest(bench.store.blobs.path(entry.sha256))[0] == entry.sha256
     masters = bench.masters(release)
     np.testing.assert_array_equal(masters["b.weight"], values(2, 50).astype(BFLOAT16).astype("<f4"))
     with bench.store.database.read() as session:
@@ -155,7 +161,7 @@ try:
 except ResourceError as error:
     print(error.code)
 filler.unlink()
-def fill(_):
+def fill(*_):
     if not filler.exists():
         filler.touch()
         filler.write_bytes(bytes(shutil.disk_usage(folder).free - 10_000_000))

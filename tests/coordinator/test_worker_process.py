@@ -33,7 +33,7 @@ def start() -> Iterator[Start]:
 
     def begin(folder: Path, *options: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "coldmerge_coordinator.worker", str(folder), *options]
-        log = (folder / "logs" / "worker.log").open("ab")
+        log = (folder / "worker.log").open("ab")
         path = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {**os.environ, "PYTHONPATH": path}
         running.append(subprocess.Popen(command, stderr=log, env=environment))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,6 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coldmerge.core.errors import ConfigError, ConflictError, NotFoundError
+from coldmerge.core.ids import IDENTIFIER_RULE, is_identifier
 from coldmerge.rounds import state
 from coldmerge.rounds.policy import parse_template
 from coldmerge.rounds.state import Event
@@ -22,7 +22,6 @@ from coldmerge_coordinator.store.models import Contributor, Invitation, Machine,
 
 SHORTEST_TTL = timedelta(seconds=1)
 LONGEST_TTL = timedelta(days=30)
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def invite(store: Store, contributor: str, role: str, ttl: timedelta, now: datet
                 contributor=contributor,
             )
         elif row.revoked_at is not None:
-            for machine in _machines(session, contributor):
+            for machine in machines_of(session, contributor):
                 machine.revoked_at = machine.revoked_at or row.revoked_at
             row.revoked_at, row.revoked_reason = None, None
         session.add(
@@ -76,11 +75,11 @@ def invite(store: Store, contributor: str, role: str, ttl: timedelta, now: datet
 
 
 def _check_invitation(contributor: str, role: str, ttl: timedelta) -> None:
-    if not _NAME.fullmatch(contributor):
+    if not is_identifier(contributor):
         raise ConfigError(
             "invite.bad_name",
             "An organization cannot have that name.",
-            expected="letters, digits, `.`, `_` and `-`, at most 64, starting with a letter",
+            expected=IDENTIFIER_RULE,
             got=repr(contributor[:80]),
             hint="Choose a name such as st-mary-hospital.",
         )
@@ -90,7 +89,8 @@ def _check_invitation(contributor: str, role: str, ttl: timedelta) -> None:
             f"There is no role {role[:40]!r}.",
             expected=" or ".join(ROLES),
             got=role[:40],
-            hint="See docs/coordinator.md for what each may do.",
+            hint="A contributor sends and evaluates; an evaluator only evaluates; an auditor "
+            "only reads; an admin steers.",
         )
     if not SHORTEST_TTL <= ttl <= LONGEST_TTL:
         raise ConfigError(
@@ -102,7 +102,8 @@ def _check_invitation(contributor: str, role: str, ttl: timedelta) -> None:
         )
 
 
-def _machines(session: Session, contributor: str) -> list[Machine]:
+def machines_of(session: Session, contributor: str) -> list[Machine]:
+    """An organization's machines, by name."""
     query = select(Machine).where(Machine.contributor == contributor).order_by(Machine.name)
     return list(session.scalars(query))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,6 +19,7 @@ from coldmerge.core.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
+from coldmerge.core.ids import IDENTIFIER_RULE, is_identifier
 from coldmerge.wire.convert import instant, timestamp
 from coldmerge.wire.invitation import token_digest
 from coldmerge.wire.proofs import enrol_message, renew_message
@@ -30,7 +30,6 @@ from coldmerge_coordinator.service.backend import Backend
 from coldmerge_coordinator.store.models import Contributor, Invitation, Machine
 
 CLOCK_TOLERANCE = timedelta(minutes=5)
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 
 
 class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
@@ -192,11 +191,11 @@ def _check_proof(identity_public_key: bytes, proof: bytes, message: bytes) -> No
 
 
 def _check_machine_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
+    if not is_identifier(name):
         raise ManifestError(
             "enrolment.bad_machine_name",
             "A machine cannot have that name.",
-            expected="letters, digits, `.`, `_` and `-`, at most 64",
+            expected=IDENTIFIER_RULE,
             got=repr(name[:80]),
             hint="Join with --machine NAME.",
         )

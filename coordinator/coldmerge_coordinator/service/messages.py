@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from coldmerge.core.documents import Signed
 from coldmerge.wire.convert import put_content, signed_to_proto, timestamp
 from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2, models_pb2
+from coldmerge_coordinator.service.admin import machines_of
 from coldmerge_coordinator.store import contributions, releases, rounds
 from coldmerge_coordinator.store.models import (
     Contribution,
@@ -125,9 +126,6 @@ def admitted_message(row: Contribution) -> admin_pb2.AdmittedContribution:
 
 def contributor_message(session: Session, row: Contributor) -> admin_pb2.Contributor:
     """An organization with its machines."""
-    machines = session.scalars(
-        select(Machine).where(Machine.contributor == row.name).order_by(Machine.name)
-    )
     sent = session.scalar(
         select(func.count()).select_from(Contribution).where(Contribution.contributor == row.name)
     )
@@ -135,7 +133,7 @@ def contributor_message(session: Session, row: Contributor) -> admin_pb2.Contrib
         name=row.name,
         role=row.role,
         revoked=row.revoked_at is not None,
-        machines=[_machine_message(machine) for machine in machines],
+        machines=[_machine_message(machine) for machine in machines_of(session, row.name)],
         contributions=sent or 0,
     )
 

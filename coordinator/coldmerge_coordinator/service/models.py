@@ -65,7 +65,7 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
             "release.no_such_digest",
             f"Model {request.model} has no release or candidate of that content.",
             got=digest[:80],
-            hint="Take the digest from `coldmerge status`.",
+            hint="Take a candidate's digest from `coldmerge watch --format json`.",
             model=request.model,
         )
 

@@ -58,11 +58,6 @@ class Pulse:
         beat, self._beat = self._beat, asyncio.Event()
         beat.set()
 
-    @property
-    def stopping(self) -> bool:
-        """Whether the coordinator is about to stop: streams must end."""
-        return self._stopping
-
     def stop(self) -> None:
         """Wake everybody for the last time."""
         self._stopping = True

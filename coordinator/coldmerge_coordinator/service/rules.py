@@ -65,7 +65,7 @@ def check_second(session: Session, row: Round, contributor: str) -> Contribution
             f"{contributor} has contributed to round {row.id} already.",
             expected="one contribution per organization",
             got=f"{older.id}, accepted {older.accepted_at.isoformat()}",
-            hint="Take that one back first, or wait for the next round.",
+            hint="Take that one back with `coldmerge withdraw`, or wait for the next round.",
             round=row.id,
         )
     return older

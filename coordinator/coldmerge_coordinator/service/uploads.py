@@ -135,11 +135,8 @@ class LiveUpload:
             fsync_path(self._store.uploads)
 
     def _replay(self) -> None:
-        file = PositionalFile(self.path)
-        try:
+        with PositionalFile(self.path) as file:
             self._check.replay(file, self._start, self.committed)
-        finally:
-            file.close()
 
     @property
     def position(self) -> int:

@@ -18,7 +18,7 @@ from coldmerge_coordinator.store.releases import Signer
 
 __all__ = ["Database", "Signer", "Store"]
 
-_FOLDERS = ("blobs", "contributions", "uploads", "logs")
+_FOLDERS = ("blobs", "contributions", "uploads")
 
 
 class Store:
@@ -26,7 +26,7 @@ class Store:
 
     ```
     DIR/config.yaml  coldmerge.db  blobs/ab/<sha256>  contributions/<id>.safetensors
-        uploads/<id>.part  keys/signing.key  logs/
+        uploads/<id>.part  keys/signing.key
     ```
     """
 

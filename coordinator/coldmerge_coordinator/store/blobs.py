@@ -13,16 +13,14 @@ import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 
 from coldmerge.core import dtypes
-from coldmerge.core.errors import IntegrityError, NotFoundError
-from coldmerge.core.files import PositionalFile, fsync_path, raise_if_full, write_all
+from coldmerge.core.errors import NotFoundError
+from coldmerge.core.files import CHUNK_BYTES, PositionalFile, fsync_path, raise_if_full, write_all
 
-CHUNK_BYTES = 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _INCOMING = "incoming"
 
@@ -84,12 +82,7 @@ class BlobWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -125,10 +118,6 @@ class BlobStore:
         """
         return _path(self.folder, sha256)
 
-    def has(self, sha256: str) -> bool:
-        """Whether the blob is on disk."""
-        return self.path(sha256).exists()
-
     def open(self, sha256: str) -> PositionalFile:
         """A blob, to be read at any offset. Close it.
 
@@ -147,11 +136,8 @@ class BlobStore:
             NotFoundError: it is not on disk.
             IntegrityError: it is shorter than that.
         """
-        file = self.open(sha256)
-        try:
+        with self.open(sha256) as file:
             return bytes(file.read(start, stop))
-        finally:
-            file.close()
 
     def block(self, sha256: str, dtype: str, start: int, stop: int) -> dtypes.Floats32:
         """Elements [start, stop) of a float tensor's blob, float32, one-dimensional.
@@ -161,44 +147,19 @@ class BlobStore:
             IntegrityError: it is shorter than that.
         """
         kind = dtypes.NUMPY[dtype]
-        file = self.open(sha256)
-        try:
+        with self.open(sha256) as file:
             raw = file.read(start * kind.itemsize, stop * kind.itemsize)
-        finally:
-            file.close()
         return dtypes.to_float32(np.frombuffer(raw, kind))
 
-    def chunks(self, sha256: str, offset: int = 0) -> Iterator[bytes]:
-        """A blob's bytes from `offset`, at most 1 MiB at a time.
+    def chunks(self, sha256: str) -> Iterator[bytes]:
+        """A blob's bytes, at most 1 MiB at a time.
 
         Raises:
             NotFoundError: it is not on disk.
         """
-        file = self.open(sha256)
-        try:
-            for start in range(offset, file.size, CHUNK_BYTES):
-                yield bytes(file.read(start, min(start + CHUNK_BYTES, file.size)))
-        finally:
-            file.close()
-
-    def verify(self, sha256: str) -> None:
-        """Read a blob whole and compare.
-
-        Raises:
-            NotFoundError: it is not on disk.
-            IntegrityError: its bytes are not those its name promises.
-        """
-        found = hashlib.sha256()
-        for chunk in self.chunks(sha256):
-            found.update(chunk)
-        if found.hexdigest() != sha256:
-            raise IntegrityError(
-                "blob.corrupt",
-                "A blob's bytes are not those its name promises.",
-                expected=sha256,
-                got=found.hexdigest(),
-                hint="The coordinator's disk may be failing: restore `blobs/` from a backup.",
-            )
+        with self.open(sha256) as file:
+            for start, stop in dtypes.blocks(file.size, CHUNK_BYTES):
+                yield bytes(file.read(start, stop))
 
     def sweep(self, older_than: float) -> int:
         """Remove temporary files last written before `older_than` (Unix time): how many."""

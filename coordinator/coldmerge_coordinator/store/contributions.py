@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from coldmerge.core.documents import Manifest, Signed
+from coldmerge.core.documents import Manifest
 from coldmerge.core.errors import IntegrityError, NotFoundError
 from coldmerge_coordinator.store.models import Contribution, Round
 
@@ -69,17 +69,6 @@ def of_round(session: Session, round_id: str) -> list[Contribution]:
     )
 
 
-def of_contributor(session: Session, contributor: str) -> list[Contribution]:
-    """All contributions of an organization, newest first."""
-    return list(
-        session.scalars(
-            select(Contribution)
-            .where(Contribution.contributor == contributor)
-            .order_by(Contribution.accepted_at.desc(), Contribution.id)
-        )
-    )
-
-
 def sealed(session: Session, row: Round) -> list[Contribution]:
     """What a sealed round merges: its frozen inputs, sorted by manifest digest.
 
@@ -102,11 +91,6 @@ def sealed(session: Session, row: Round) -> list[Contribution]:
             round=row.id,
         )
     return [found[digest] for digest in sorted(digests)]
-
-
-def signed_manifest(row: Contribution) -> Signed:
-    """The manifest's bytes and signature."""
-    return Signed(row.manifest, row.signature)
 
 
 def get_manifest(row: Contribution) -> Manifest:

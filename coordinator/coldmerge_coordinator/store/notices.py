@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coldmerge.core.ids import new_id
-from coldmerge_coordinator.store.models import Notice
+from coldmerge_coordinator.store.models import Notice, Round
 
 FIRST_DELAY = timedelta(seconds=5)
 LONGEST_DELAY = timedelta(hours=1)
@@ -32,6 +32,19 @@ def insert(session: Session, url: str | None, body: dict[str, Any], now: datetim
     session.add(notice)
     session.flush()
     return notice
+
+
+def about_round(row: Round, kind: str, text: str, federation: str) -> dict[str, Any]:
+    """The body of a notice about a round."""
+    return {
+        "kind": kind,
+        "text": text,
+        "federation": federation,
+        "model": row.model,
+        "round": row.id,
+        "state": row.state,
+        "release": row.release_number,
+    }
 
 
 def due(session: Session, now: datetime, limit: int = 20) -> list[Notice]:

@@ -229,15 +229,7 @@ def _carry_out(session: Session, row: Round, effect: Effect, now: datetime, sign
     elif isinstance(effect, state.Publish):
         row.release_number = _publish(session, row, effect.flags, now, signer).number
     else:
-        body = {
-            "kind": effect.kind,
-            "text": effect.text,
-            "federation": signer.federation,
-            "model": row.model,
-            "round": row.id,
-            "state": row.state,
-            "release": row.release_number,
-        }
+        body = notices.about_round(row, effect.kind, effect.text, signer.federation)
         notices.insert(session, get_policy(row).webhook, body, now)
 
 

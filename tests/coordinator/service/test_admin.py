@@ -9,7 +9,6 @@ import pytest
 
 from coldmerge.core.errors import ConfigError, ConflictError, NotFoundError
 from coldmerge.wire.calls import call
-from coldmerge.wire.convert import duration
 from coldmerge.wire.invitation import Invitation
 from coldmerge.wire.v1 import admin_pb2, common_pb2, models_pb2
 from tests.harness import MODEL, Keys, Live, MachineClient, deltas
@@ -19,7 +18,7 @@ def _invite(
     live: Live, contributor: str = "a", role: str = "contributor", ttl: float = 3600
 ) -> admin_pb2.InviteResponse:
     request = admin_pb2.InviteRequest(
-        contributor=contributor, role=role, ttl=duration(timedelta(seconds=ttl))
+        contributor=contributor, role=role, ttl=timedelta(seconds=ttl)
     )
     answer: admin_pb2.InviteResponse = call(live.local_admin.Invite, request)
     return answer
@@ -152,7 +151,7 @@ def test_seal_abandon_extend_resolve(live: Live) -> None:
 
 
 def _extend(admin: object, round_id: str, seconds: float) -> common_pb2.Round:
-    request = admin_pb2.ExtendRoundRequest(round=round_id, by=duration(timedelta(seconds=seconds)))
+    request = admin_pb2.ExtendRoundRequest(round=round_id, by=timedelta(seconds=seconds))
     answer: common_pb2.Round = call(admin.ExtendRound, request)  # type: ignore[attr-defined]
     return answer
 

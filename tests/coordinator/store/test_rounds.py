@@ -137,7 +137,6 @@ def test_inputs_leave_out_the_replaced_and_withdrawn(
         inputs = contributions.sealed(session, look(round_id))
         assert {item.contributor for item in inputs} == {"a", "c"}
         assert len(contributions.of_round(session, round_id)) == 3
-        assert [item.round for item in contributions.of_contributor(session, "b")] == [round_id]
 
 
 def test_a_vanished_input_is_noticed(

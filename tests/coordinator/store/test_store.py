@@ -17,7 +17,7 @@ from coldmerge_coordinator.store.database import downgrade
 
 def test_the_folder_is_laid_out(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} >= {
-        *("config.yaml", "coldmerge.db", "blobs", "contributions", "uploads", "logs")
+        *("config.yaml", "coldmerge.db", "blobs", "contributions", "uploads")
     }
     assert folder.stat().st_mode & 0o777 == 0o700
     with Store.open(folder) as store:
