@@ -1,4 +1,4 @@
-"""`coldmerge train`, `push`, `evaluate`, `contribute`: taking part in rounds."""
+"""`coldmerge train`, `push`, `withdraw`, `evaluate`, `contribute`: taking part in rounds."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def register(app: typer.Typer) -> None:
     verbs: dict[Callable[..., None], str] = {
         train: "coldmerge train triage --data ./notes",
         push: "coldmerge push triage --dry-run",
+        withdraw: "coldmerge withdraw triage",
         evaluate: "coldmerge evaluate triage",
         contribute: "coldmerge contribute triage --data ./notes --rounds 2",
     }
@@ -147,7 +148,14 @@ def push(
 ) -> None:
     """Ship the fine-tune to the open round. Run again after a crash: it goes on."""
     from coldmerge_client.outbox import Outbox
-    from coldmerge_client.prepare import base_of, describe, open_round, prepare, preview
+    from coldmerge_client.prepare import (
+        against_policy,
+        base_of,
+        describe,
+        open_round,
+        prepare,
+        preview,
+    )
     from coldmerge_client.push import send
 
     with session_at(home, timeout) as session:
@@ -155,6 +163,8 @@ def push(
         policy = _policy(session.home, require_approval, bf16)
         found = open_round(session, name, base)
         entry = Outbox(session.home).for_round(found.id)
+        if entry is not None and against_policy(entry.manifest, policy) is not None:
+            entry = None
         with bars(fmt) as progress:
             if entry is None or source is not None or not entry.pending:
                 release = base_of(session, found, progress)
@@ -241,6 +251,20 @@ def _print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
     for name, reason in leaving.kept_home:
         out.print(f"[bold]Stays home:[/bold] {name} ({reason})", highlight=False)
     out.print(f"[bold]Unchanged:[/bold] {leaving.unchanged} tensors", highlight=False)
+
+
+def withdraw(
+    model: ModelArgument = None,
+    home: HomeOption = None,
+    timeout: TimeoutOption = 60.0,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Take your contribution to the open round back: its bytes are removed, unmerged."""
+    from coldmerge_client.withdraw import withdraw as take_back
+
+    with session_at(home, timeout) as session:
+        taken = take_back(session, session.model(model).name)
+    print_record({"model": taken.model, "round": taken.round, "contribution": taken.id}, fmt)
 
 
 def evaluate(

@@ -37,7 +37,7 @@ HomeOption = Annotated[
     ),
 ]
 ModelArgument = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Needed when there are several.")
+    str | None, typer.Argument(help="Name of the model; needed when there are several.")
 ]
 TimeoutOption = Annotated[
     float, typer.Option(min=0, help="Seconds to keep trying while the coordinator is away.")

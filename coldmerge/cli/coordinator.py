@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from coldmerge.cli.local import PANEL
 from coldmerge.cli.output import Format, FormatOption, err, out, print_record
 
 group = typer.Typer(
@@ -16,7 +17,7 @@ group = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the root command."""
-    app.add_typer(group, name="coordinator")
+    app.add_typer(group, name="coordinator", rich_help_panel=PANEL)
 
 
 @group.command(epilog="Example: coldmerge coordinator init ./hub --host merge.example.org")
@@ -34,7 +35,7 @@ def init(
         int, typer.Option(min=0, max=65535, help="Enrolment port; 0: any free one.")
     ] = 7444,
     listen: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for the world.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0: every network.")
     ] = "127.0.0.1",
     fmt: FormatOption = Format.TABLE,
 ) -> None:

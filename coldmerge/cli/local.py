@@ -22,6 +22,7 @@ DirOption = Annotated[
     ),
 ]
 DEFAULT_DIR = Path("coordinator")
+PANEL = "Coordinator"
 
 
 @dataclass(frozen=True)

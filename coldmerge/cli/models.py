@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, coordinator_folder, local
-from coldmerge.cli.output import Format, FormatOption, byte_bar, err, out, print_record, print_rows
+from coldmerge.cli.local import DEFAULT_DIR, PANEL, DirOption, ask, coordinator_folder, local
+from coldmerge.cli.output import Format, FormatOption, bars, err, out, print_record, print_rows
 
 group = typer.Typer(help="Add and list models.", no_args_is_help=True, rich_markup_mode="markdown")
 
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the root command."""
-    app.add_typer(group, name="model", rich_help_panel="Coordinator")
+    app.add_typer(group, name="model", rich_help_panel=PANEL)
 
 
 @group.command(
@@ -29,21 +29,19 @@ def add(
         typer.Option(help="Tensors that never leave a contributor, such as 'classifier.*'."),
     ] = None,
     template: Annotated[
-        Path | None, typer.Option(help="YAML of the rounds this model is improved by.")
+        Path | None, typer.Option(help="A round template in YAML, for the rounds that improve it.")
     ] = None,
     folder: DirOption = DEFAULT_DIR,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Import a pretrained model as release 0. The coordinator may be running."""
-    from coldmerge.core.checkpoint import Checkpoint
     from coldmerge.rounds.policy import RoundTemplate, load_yaml
     from coldmerge_coordinator.importing import add_model
     from coldmerge_coordinator.store import Store
 
     rules = load_yaml(template) if template else RoundTemplate()
     store = Store.open(coordinator_folder(folder))
-    total = sum(spec.nbytes for spec in Checkpoint.open(source).tensors.values())
-    with byte_bar("import", total, fmt) as progress:
+    with bars(fmt) as progress:
         made = add_model(store, name, source, tuple(private or ()), rules, progress=progress)
     for note in made.notes:
         err.print(f"[yellow]note:[/yellow] {note}", highlight=False)
@@ -67,7 +65,7 @@ def add(
 )
 def set_template(
     name: Annotated[str, typer.Argument(help="Name of the model.")],
-    file: Annotated[Path, typer.Argument(help="A round template in YAML (docs/rounds.md).")],
+    file: Annotated[Path, typer.Argument(help="A round template in YAML.")],
     folder: DirOption = DEFAULT_DIR,
     fmt: FormatOption = Format.TABLE,
 ) -> None:

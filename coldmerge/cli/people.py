@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, local
+from coldmerge.cli.local import DEFAULT_DIR, PANEL, DirOption, ask, local
 from coldmerge.cli.output import (
     Format,
     FormatOption,
@@ -16,6 +17,7 @@ from coldmerge.cli.output import (
     print_json,
     print_record,
     print_rows,
+    when,
 )
 
 
@@ -30,17 +32,13 @@ class Role(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the root command."""
-    app.command(
-        epilog="Example: coldmerge invite st-mary-hospital --ttl 48h --dir ./hub",
-        rich_help_panel="Coordinator",
-    )(invite)
-    app.command(
-        epilog="Example: coldmerge contributors --dir ./hub", rich_help_panel="Coordinator"
-    )(contributors)
-    app.command(
-        epilog="Example: coldmerge revoke st-mary-hospital --machine gpu-2 --dir ./hub",
-        rich_help_panel="Coordinator",
-    )(revoke)
+    verbs: dict[Callable[..., None], str] = {
+        invite: "coldmerge invite st-mary-hospital --ttl 48h --dir ./hub",
+        contributors: "coldmerge contributors --dir ./hub",
+        revoke: "coldmerge revoke st-mary-hospital --machine gpu-2 --dir ./hub",
+    }
+    for verb, example in verbs.items():
+        app.command(epilog=f"Example: {example}", rich_help_panel=PANEL)(verb)
 
 
 def invite(
@@ -54,8 +52,9 @@ def invite(
     from coldmerge.rounds.policy import parse_duration
     from coldmerge.wire.v1 import admin_pb2
 
-    request = admin_pb2.InviteRequest(contributor=contributor, role=role.value)
-    request.ttl.FromTimedelta(parse_duration(ttl))
+    request = admin_pb2.InviteRequest(
+        contributor=contributor, role=role.value, ttl=parse_duration(ttl)
+    )
     with local(folder) as coordinator:
         made = ask(coordinator.admin.Invite, request)
     if fmt is Format.JSON:
@@ -97,19 +96,13 @@ def contributors(folder: DirOption = DEFAULT_DIR, fmt: FormatOption = Format.TAB
                     "contributor": organization.name,
                     "role": organization.role,
                     "machine": machine.name,
-                    "last_seen": _when(machine, "last_seen_at"),
+                    "last_seen": when(machine, "last_seen_at"),
                     "client": machine.client_version,
                     "contributions": organization.contributions,
                     "revoked": organization.revoked or machine.revoked,
                 }
             )
     print_rows(rows, fmt, empty="Nobody is invited yet. Next: coldmerge invite ORG")
-
-
-def _when(message: object, field: str) -> object:
-    if not message.HasField(field):  # type: ignore[attr-defined]
-        return None
-    return getattr(message, field).ToJsonString()
 
 
 def revoke(

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, coordinator_folder, local
-from coldmerge.cli.output import Format, FormatOption, byte_bar, out, print_record, print_rows
+from coldmerge.cli.local import DEFAULT_DIR, PANEL, DirOption, ask, coordinator_folder, local
+from coldmerge.cli.output import Format, FormatOption, bars, out, print_record, print_rows
 
 group = typer.Typer(
     help="List, export and roll back releases.", no_args_is_help=True, rich_markup_mode="markdown"
@@ -17,7 +17,7 @@ group = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the root command."""
-    app.add_typer(group, name="release", rich_help_panel="Coordinator")
+    app.add_typer(group, name="release", rich_help_panel=PANEL)
 
 
 def release_row(message: Any) -> dict[str, object]:
@@ -86,7 +86,7 @@ def export(
     from coldmerge_coordinator.store import Store
 
     store = Store.open(coordinator_folder(folder))
-    with byte_bar("export", 0, fmt) as progress:
+    with bars(fmt) as progress:
         made = write(store, model, number, target, progress=progress)
     print_record(
         {

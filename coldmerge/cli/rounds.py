@@ -8,8 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from coldmerge.cli.local import DEFAULT_DIR, DirOption, ask, local
-from coldmerge.cli.output import Format, FormatOption, out, print_json, print_record, print_rows
+from coldmerge.cli.local import DEFAULT_DIR, PANEL, DirOption, ask, local
+from coldmerge.cli.output import (
+    Format,
+    FormatOption,
+    out,
+    print_json,
+    print_record,
+    print_rows,
+    when,
+)
 
 group = typer.Typer(
     help="Open, follow and steer rounds.", no_args_is_help=True, rich_markup_mode="markdown"
@@ -20,15 +28,12 @@ ReasonOption = Annotated[str, typer.Option(help="Why; kept with the round.")]
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the root command."""
-    app.add_typer(group, name="round", rich_help_panel="Coordinator")
+    app.add_typer(group, name="round", rich_help_panel=PANEL)
 
 
 def round_row(message: Any) -> dict[str, object]:
     """A Round message as JSON-ready values."""
     from coldmerge.wire.v1 import common_pb2
-
-    def when(field: str) -> str | None:
-        return getattr(message, field).ToJsonString() if message.HasField(field) else None
 
     published = message.state == common_pb2.Round.PUBLISHED
     return {
@@ -40,8 +45,8 @@ def round_row(message: Any) -> dict[str, object]:
         "min_contributions": message.min_contributions,
         "evaluations": message.evaluations,
         "min_evaluators": message.min_evaluators,
-        "opened_at": when("opened_at"),
-        "closes_at": when("closes_at"),
+        "opened_at": when(message, "opened_at"),
+        "closes_at": when(message, "closes_at"),
         "held": message.held,
         "candidate": message.candidate_digest or None,
         "release": message.release_number if published else None,
@@ -55,8 +60,8 @@ def short_round(row: Mapping[str, object]) -> dict[str, object]:
         "round": row["round"],
         "base": row["base"],
         "state": "HELD" if row["held"] else row["state"],
-        "in": f"{row['contributions']}/{row['min_contributions']}",
-        "judged": f"{row['evaluations']}/{row['min_evaluators']}",
+        "contributions": f"{row['contributions']}/{row['min_contributions']}",
+        "evaluations": f"{row['evaluations']}/{row['min_evaluators']}",
         "release": row["release"],
         "reason": row["reason"],
     }
@@ -159,7 +164,6 @@ def show(
 
 
 def _act(method: str, request: Any, folder: Path, fmt: Format) -> None:
-
     with local(folder) as coordinator:
         message = ask(getattr(coordinator.admin, method), request)
     print_record(round_row(message), fmt)
@@ -167,15 +171,12 @@ def _act(method: str, request: Any, folder: Path, fmt: Format) -> None:
 
 @group.command(epilog="Example: coldmerge round seal round-1f0c --dir ./hub")
 def seal(
-    identifier: RoundArgument,
-    reason: ReasonOption = "",
-    folder: DirOption = DEFAULT_DIR,
-    fmt: FormatOption = Format.TABLE,
+    identifier: RoundArgument, folder: DirOption = DEFAULT_DIR, fmt: FormatOption = Format.TABLE
 ) -> None:
     """Close admissions now and merge what is there."""
     from coldmerge.wire.v1 import admin_pb2
 
-    _act("SealRound", admin_pb2.RoundAction(round=identifier, reason=reason), folder, fmt)
+    _act("SealRound", admin_pb2.RoundAction(round=identifier), folder, fmt)
 
 
 @group.command(epilog="Example: coldmerge round abandon round-1f0c --reason 'wrong base'")
@@ -202,8 +203,7 @@ def extend(
     from coldmerge.rounds.policy import parse_duration
     from coldmerge.wire.v1 import admin_pb2
 
-    request = admin_pb2.ExtendRoundRequest(round=identifier)
-    request.by.FromTimedelta(parse_duration(by))
+    request = admin_pb2.ExtendRoundRequest(round=identifier, by=parse_duration(by))
     _act("ExtendRound", request, folder, fmt)
 
 
