@@ -19,7 +19,7 @@ from coldmerge_client.evaluate import evaluate, report
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import Outbox
 from coldmerge_client.policy import SendPolicy
-from coldmerge_client.prepare import Facts, base_of, prepare
+from coldmerge_client.prepare import Facts, against_policy, base_of, prepare
 from coldmerge_client.pull import prune, pull
 from coldmerge_client.push import Approve, send
 from coldmerge_client.session import Session
@@ -168,7 +168,8 @@ class _Loop:
     def _send(self, round_: common_pb2.Round) -> None:
         terms, session = self.terms, self.session
         entry = self.outbox.for_round(round_.id)
-        if entry is None or not entry.pending:
+        stale = entry is not None and against_policy(entry.manifest, terms.policy) is not None
+        if entry is None or not entry.pending or stale:
             self._tell("training", f"Training on release {round_.base_number}", round_)
             base = base_of(session, round_, terms.progress)
             trained = train(session.home, base, terms.config, progress=terms.progress)

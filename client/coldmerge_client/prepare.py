@@ -18,11 +18,14 @@ from coldmerge.core.errors import (
     DataError,
     IntegrityError,
     PermissionDeniedError,
+    TaskVectorError,
 )
 from coldmerge.core.extraction import Extraction, extract
+from coldmerge.core.names import is_private, split_factor
 from coldmerge.core.progress import Counter, Progress, silent
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.core.validation import first_problem
+from coldmerge.wire.channel import MAX_DOCUMENT_IN_MESSAGE
 from coldmerge.wire.v1 import common_pb2
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import PAYLOAD, Outbox, OutboxEntry
@@ -136,6 +139,7 @@ def prepare(
             found = _extract(base, tuned, draft / PAYLOAD, policy, progress)
             manifest = _manifest(session, base, round_.id, found, facts, policy)
             check_size(manifest, policy)
+            check_message(manifest)
             signed = sign(manifest, home.identity_key())
             _give_up_earlier(outbox, round_.id)
             return outbox.commit(
@@ -234,6 +238,52 @@ def check_size(manifest: Manifest, policy: SendPolicy) -> None:
             expected=f"at most {policy.max_bytes} bytes",
             got=f"{manifest.payload_bytes} bytes",
             hint="Raise max_bytes in policy.yaml, use `encoding: bf16`, or train with LoRA.",
+        )
+
+
+def check_message(manifest: Manifest) -> None:
+    """Refuse a list of tensors that does not fit into one message.
+
+    Raises:
+        TaskVectorError: it does not.
+    """
+    length = len(manifest.canonical())
+    if length > MAX_DOCUMENT_IN_MESSAGE:
+        raise TaskVectorError(
+            "push.too_many_tensors",
+            "The list of what would leave is too long for one message.",
+            expected=f"a manifest of at most {MAX_DOCUMENT_IN_MESSAGE} bytes",
+            got=f"{length} bytes for {len(manifest.tensors)} tensors",
+            hint="Fine-tune fewer modules: `target_modules` of LoRA, or `freeze`.",
+        )
+
+
+def against_policy(manifest: Manifest, policy: SendPolicy) -> str | None:
+    """What `policy` keeps at home, of a contribution that was prepared under an earlier one."""
+    for tensor in manifest.tensors:
+        if is_private(split_factor(tensor.name)[0], policy.private):
+            return f"tensor {tensor.name}"
+    if not policy.metrics and (manifest.metrics or manifest.training):
+        return "numbers about training"
+    return None
+
+
+def check_policy(manifest: Manifest, policy: SendPolicy) -> None:
+    """Hold a prepared contribution against what the owner allows now.
+
+    Raises:
+        PermissionDeniedError: it is larger, or holds what stays at home by now.
+    """
+    check_size(manifest, policy)
+    found = against_policy(manifest, policy)
+    if found is not None:
+        raise PermissionDeniedError(
+            "push.against_own_policy",
+            "The contribution in the outbox holds what this machine's policy now keeps at home.",
+            expected="nothing that `private` and `metrics` in policy.yaml keep",
+            got=found,
+            hint="Run `coldmerge push` again: it prepares the fine-tune by today's policy.",
+            round=manifest.round,
         )
 
 

@@ -124,7 +124,7 @@ def _bring(
     if _listing(folder, digest) is not None:
         return Pulled(folder, model, number, digest, private, 0, 0)
     content = checked_content(release)
-    with exclusive(session.home.lock(f"pull-{model}"), f"pulling {model}", wait=True):
+    with exclusive(session.home.lock("pull"), "pulling", wait=True):
         if _listing(folder, digest) is not None:
             return Pulled(folder, model, number, digest, private, 0, 0)
         downloaded, copied = _assemble(session, model, content, release, folder, progress)

@@ -27,11 +27,11 @@ from coldmerge_client import sent_log
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import Outbox, OutboxEntry
 from coldmerge_client.policy import SendPolicy
-from coldmerge_client.prepare import Facts, Leaving, check_size, describe, open_round, prepare
+from coldmerge_client.prepare import Facts, Leaving, check_policy, describe, open_round, prepare
 from coldmerge_client.session import Session
 
 _MAX_STALLED = 5
-_MOVED = frozenset({"upload.wrong_offset", "upload.superseded"})
+_MOVED = frozenset({"upload.lost", "upload.superseded", "upload.wrong_offset"})
 
 Approve = Callable[[Leaving], bool]
 """Shown exactly what would leave; False keeps it home."""
@@ -60,7 +60,7 @@ def send(
         if entry.state == "sent":
             return entry
         _check_pending(entry)
-        check_size(entry.manifest, policy)
+        check_policy(entry.manifest, policy)
         entry = _approved(outbox, entry, policy, approve)
         entry = _logged(session, outbox, entry)
         signed = _upload(session, entry, progress)

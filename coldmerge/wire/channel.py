@@ -7,6 +7,8 @@ from pathlib import Path
 import grpc
 
 MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_DOCUMENT_IN_MESSAGE = MAX_MESSAGE_BYTES - 4096
+"""Room for a document, or a release's listing, in a message with all that goes beside it."""
 CHUNK_BYTES = 2**20
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 20_000

@@ -257,6 +257,21 @@ def test_an_upload_left_by_a_crash_is_sent_without_training_again(
     assert not (a.session.home.path / "trainings").exists()
 
 
+def test_what_waits_against_a_stricter_policy_is_made_again(
+    coordinator: Coordinator, members: Any, tmp_path: Path
+) -> None:
+    opened = coordinator.open_round()
+    a = members("org-a", 1, policy=SendPolicy(private=("body.small",)))
+    tuned = save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
+    entry = prepare(a.session, opened, tuned, Facts(3), policy=SendPolicy())
+    run(a)
+    outbox = Outbox(a.session.home)
+    assert outbox.get(entry.id).state == "refused"
+    sent = outbox.for_round(opened.id)
+    assert sent is not None
+    assert [tensor.name for tensor in sent.manifest.tensors] == ["body.large"]
+
+
 def test_a_round_that_ends_while_we_train_is_left_out(
     coordinator: Coordinator, members: Any, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +24,15 @@ from coldmerge.wire.v1 import common_pb2, contributions_pb2
 from coldmerge_client import sent_log
 from coldmerge_client.outbox import Outbox, OutboxEntry
 from coldmerge_client.policy import SendPolicy
-from coldmerge_client.prepare import Facts, Leaving, describe, open_round, prepare, preview
+from coldmerge_client.prepare import (
+    Facts,
+    Leaving,
+    check_message,
+    describe,
+    open_round,
+    prepare,
+    preview,
+)
 from coldmerge_client.pull import pull
 from coldmerge_client.push import push, send
 from coldmerge_client.session import Session
@@ -151,6 +160,29 @@ def test_the_policy_file_of_the_home_holds(
     assert dict(leaving.tensors) == {"body.large": base_tensors()["body.large"].nbytes // 2}
     assert leaving.numbers == {"examples": 12}
     assert leaving.encoding == "bf16"
+
+
+@pytest.mark.parametrize("stricter", [{"private": ("body.small",)}, {"metrics": False}])
+def test_a_policy_made_stricter_holds_for_what_waits_in_the_outbox(
+    opened: common_pb2.Round, session: Session, tuned: Path, stricter: dict[str, Any]
+) -> None:
+    entry = prepare(session, opened, tuned, FACTS)
+    with pytest.raises(PermissionDeniedError) as error:
+        send(session, entry, policy=SendPolicy(**stricter))
+    assert error.value.code == "push.against_own_policy"
+    assert [line.event for line in sent_log.read(session.home)] == ["join"]
+    assert admitted(session, opened.id) == []
+
+
+def test_a_list_of_tensors_too_long_for_a_message(
+    opened: common_pb2.Round, session: Session, tuned: Path
+) -> None:
+    manifest = prepare(session, opened, tuned, FACTS).manifest
+    entry = manifest.tensors[0]
+    many = tuple(entry.model_copy(update={"name": f"layer.{i}.weight"}) for i in range(30_000))
+    with pytest.raises(TaskVectorError) as error:
+        check_message(manifest.model_copy(update={"tensors": many}))
+    assert error.value.code == "push.too_many_tensors"
 
 
 def test_a_push_needs_an_open_round_on_its_base(
