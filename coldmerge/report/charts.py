@@ -70,22 +70,26 @@ def accuracy_curves(points: Sequence[CurvePoint], spread_over: str) -> Spec:
             alt.Tooltip("spread:Q", title=f"deviation over {spread_over}", format=".1f"),
         ],
     )
-    numbers = base.mark_text(dy=-13, fontWeight=600).encode(
-        y=mean, text=alt.Text("mean:Q", format=".1f")
-    )
+    upper = max(points, key=lambda point: point.mean).group if points else ""
+    numbers = [
+        base.transform_filter(f"datum.group {sign} '{upper}'")
+        .mark_text(dy=shift, fontWeight=600)
+        .encode(y=mean, text=alt.Text("mean:Q", format=".1f"))
+        for sign, shift in (("==", -14), ("!=", 16))
+    ]
     last = max((point.release for point in points), default=0)
     names = (
         base.transform_filter(f"datum.release == {last}")
         .mark_text(align="left", dx=14, fontWeight=600, fontSize=13)
         .encode(y=mean, text="group:N")
     )
-    return _finished(alt.layer(band, line, dots, numbers, names).properties(height=300))
+    return _finished(alt.layer(band, line, dots, *numbers, names).properties(height=300))
 
 
 def task_gains(gains: Sequence[TaskGain]) -> Spec:
     """Signed gain of each task from the first to the last release, best first."""
     ordered = sorted(gains, key=lambda item: (item.group, -item.gain, item.task))
-    rows = [{**asdict(item), "label": f"{item.gain:+.1f}"} for item in ordered]
+    rows = [{**asdict(item), "label": f"{round(item.gain, 1) + 0:+.1f}"} for item in ordered]
     base = alt.Chart(alt.Data(values=rows)).encode(
         y=alt.Y("task:N", sort=[item.task for item in ordered], title=None),
         x=alt.X("gain:Q", title="gain, points"),
@@ -96,7 +100,7 @@ def task_gains(gains: Sequence[TaskGain]) -> Spec:
         alt.Tooltip("gain:Q", format="+.2f"),
     ]
     bars = base.mark_bar(cornerRadius=2, height={"band": 0.62}).encode(
-        color=alt.Color("group:N", scale=GROUPS, title="tasks"), tooltip=tips
+        color=alt.Color("group:N", scale=GROUPS, title=None), tooltip=tips
     )
     more, less = (base.transform_filter(f"datum.gain {sign} 0") for sign in (">=", "<"))
     right = more.mark_text(align="left", dx=5).encode(text="label:N")
