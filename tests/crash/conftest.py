@@ -22,8 +22,8 @@ from coldmerge_client.prepare import Facts, open_round, prepare
 from coldmerge_client.push import push
 from coldmerge_client.session import Session
 from coldmerge_client.training import TrainConfig
-from tests.client.conftest import save_model
 from tests.federation import Federation, Hub, Org, until
+from tests.support import write_model
 
 FACTS = Facts(examples=10)
 INJECT = Path(__file__).parent / "inject"
@@ -108,7 +108,7 @@ class Maker:
     def add(self, model: str, base: dict[str, Array], policy: dict[str, object]) -> None:
         """A model with an open round."""
         folder, hub = self.federation.folder, self.federation.hub
-        hub.cli("model", "add", model, "--from", save_model(folder / f"base-{model}", base))
+        hub.cli("model", "add", model, "--from", write_model(folder / f"base-{model}", base))
         rules = folder / f"{model}.yaml"
         rules.write_text(yaml.safe_dump({"min_contributions": 3, **policy}))
         hub.cli("round", "open", model, "--policy", rules)
@@ -117,7 +117,7 @@ class Maker:
         """A fine-tune of every organization; the first `send` are sent, others wait."""
         for seed, org in enumerate(self.federation.orgs, 1):
             tuned = self.federation.folder / "tuned"
-            save_model(tuned, moved(base, seed))
+            write_model(tuned, moved(base, seed))
             with Session.open(Home(org.home)) as session:
                 if seed <= send:
                     push(session, model, tuned, FACTS)

@@ -15,9 +15,10 @@ from coldmerge.core.task_vector import TaskVector
 from coldmerge_client import sent_log
 from coldmerge_client.home import Home
 from coldmerge_client.outbox import Outbox
-from tests.client.conftest import Relay, save_model, through
+from tests.client.conftest import Relay, through
 from tests.crash.conftest import moved, tensors
 from tests.federation import Federation, Org, until
+from tests.support import write_model
 
 pytestmark = pytest.mark.xdist_group("crash-client")
 
@@ -78,8 +79,8 @@ def make_line(federation: Federation) -> Iterator[Callable[[int], Line]]:
 
     def make(count: int) -> Line:
         base, folder, hub = tensors(count, TENSOR_BYTES // 4), federation.folder, federation.hub
-        hub.cli("model", "add", "m", "--from", save_model(folder / "base", base))
-        save_model(folder / "tuned", moved(base, 1))
+        hub.cli("model", "add", "m", "--from", write_model(folder / "base", base))
+        write_model(folder / "tuned", moved(base, 1))
         hub.start()
         (org,) = federation.join(["a"])
         rules = folder / "rules.yaml"

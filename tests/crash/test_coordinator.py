@@ -42,14 +42,14 @@ MODELS = ("judged", "large", "small")
 
 Copy = Callable[[Paused], Federation]
 
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(8, id="64MiB"),
-        pytest.param(64, id="512MiB", marks=pytest.mark.slow),
-    ],
+SMALL_IS_ENOUGH = pytest.mark.parametrize("paused", [8], indirect=True, ids=["64MiB"])
+LARGE_TOO = pytest.mark.parametrize(
+    "paused", [8, pytest.param(64, marks=pytest.mark.slow)], indirect=True, ids=["64MiB", "512MiB"]
 )
+"""Tensors of the model `large`; the other models are small."""
+
+
+@pytest.fixture(scope="module")
 def paused(
     request: pytest.FixtureRequest, pause: Callable[[Callable[[Maker], None]], Paused]
 ) -> Paused:
@@ -109,6 +109,7 @@ def merged(hub: Hub, before: int, count: int) -> bool:
     )
 
 
+@LARGE_TOO
 def test_killed_during_an_upload(
     paused: Paused, undisturbed: dict[str, dict[str, object]], copy: Copy, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_killed_during_an_upload(
     assert published(hub, "large") == undisturbed["large"]
 
 
+@SMALL_IS_ENOUGH
 def test_killed_while_an_upload_becomes_a_contribution(
     paused: Paused, undisturbed: dict[str, dict[str, object]], copy: Copy, tmp_path: Path
 ) -> None:
@@ -153,6 +155,7 @@ def test_killed_while_an_upload_becomes_a_contribution(
     assert published(hub, "small") == undisturbed["small"]
 
 
+@LARGE_TOO
 def test_killed_while_merging(
     paused: Paused, undisturbed: dict[str, dict[str, object]], copy: Copy, tmp_path: Path
 ) -> None:
@@ -185,6 +188,7 @@ def releases_of(hub: Hub, model: str, scratch: Path) -> tuple[int, str]:
     return int(count), str(state)
 
 
+@SMALL_IS_ENOUGH
 def test_killed_while_the_merge_publishes(
     paused: Paused, undisturbed: dict[str, dict[str, object]], copy: Copy, tmp_path: Path
 ) -> None:
@@ -202,6 +206,7 @@ def test_killed_while_the_merge_publishes(
     assert published(hub, "small") == undisturbed["small"]
 
 
+@SMALL_IS_ENOUGH
 def test_killed_while_the_gate_publishes(
     paused: Paused, undisturbed: dict[str, dict[str, object]], copy: Copy, tmp_path: Path
 ) -> None:
@@ -237,6 +242,7 @@ def killed_at_write(hub: Hub, number: int) -> Iterator[None]:
         tracer.communicate()
 
 
+@SMALL_IS_ENOUGH
 @pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("strace") is None,
