@@ -76,8 +76,7 @@ def pull(
     record = checked_record(release, model, session.member)
     if number is not None and record.number != number:
         raise _another(release, f"release {number}", f"release {record.number}")
-    if not allow_older:
-        check_not_older(session, model, record)
+    check_not_older(session, model, record, allow_older=allow_older)
     folder = session.home.release(model, record.number)
     pulled = _bring(session, model, release, folder, record.number, progress)
     session.home.saw(model, Seen(record.number, record.content_digest, record.digest()))

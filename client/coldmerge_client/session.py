@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -22,7 +23,7 @@ from coldmerge.core.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from coldmerge.wire.calls import OnRetry, call, client_stream, server_stream
+from coldmerge.wire.calls import OnRetry, call, client_stream, server_stream, with_patience
 from coldmerge.wire.channel import secure_channel
 from coldmerge.wire.convert import signed_to_proto
 from coldmerge.wire.v1 import (
@@ -39,6 +40,7 @@ from coldmerge_client.files import exclusive
 from coldmerge_client.home import Home, Membership
 
 TIMEOUT = 60.0
+HISTORY_SECONDS = 120.0
 SLOWEST_BYTES_PER_SECOND = 16 * 1024
 _BETWEEN_WATCHES = 0.5
 
@@ -206,10 +208,28 @@ class Session:
         answer: models_pb2.Release = self._ask(self._models, "GetRelease", request)
         return answer
 
-    def releases(self, model: str) -> tuple[models_pb2.Release, ...]:
-        """All published releases, oldest first, without their content."""
-        request = models_pb2.ListReleasesRequest(model=model)
-        return tuple(self._ask(self._models, "ListReleases", request).releases)
+    def releases_between(
+        self, model: str, after: int, before: int
+    ) -> tuple[models_pb2.Release, ...]:
+        """The published releases with a number between the two, without their content.
+
+        They come one by one: a long history fits into no single message.
+        """
+        request = models_pb2.WatchReleasesRequest(model=model, after_number=after)
+
+        def collect() -> tuple[models_pb2.Release, ...]:
+            found: list[models_pb2.Release] = []
+            stream = server_stream(self._models().WatchReleases, request, deadline=HISTORY_SECONDS)
+            with closing(stream):
+                for release in stream:
+                    if release.number >= before:
+                        break
+                    found.append(release)
+            return tuple(found)
+
+        return self._trying(
+            lambda: with_patience(collect, patience=self.timeout, on_retry=self.on_retry)
+        )
 
     def read_blob(self, sha256: str, offset: int, nbytes: int) -> Iterator[common_pb2.Chunk]:
         """The bytes of a tensor or file from `offset`; no retry here."""

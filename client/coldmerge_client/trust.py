@@ -79,10 +79,13 @@ def _matches(path: str, pattern: str) -> bool:
     return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), path) is not None
 
 
-def check_not_older(session: Session, model: str, record: ReleaseRecord) -> None:
+def check_not_older(
+    session: Session, model: str, record: ReleaseRecord, *, allow_older: bool = False
+) -> None:
     """Refuse a release older than the last seen, and one whose history was rewritten.
 
-    A rollback is fine: it is an old content under a new number.
+    A rollback is fine: it is an old content under a new number. `allow_older` lets an
+    older one pass that a person asked for by its number.
 
     Raises:
         IntegrityError: the coordinator went back, or its records do not chain up.
@@ -91,6 +94,8 @@ def check_not_older(session: Session, model: str, record: ReleaseRecord) -> None
     if seen is None:
         return
     if record.number < seen.number:
+        if allow_older:
+            return
         raise IntegrityError(
             "release.older_than_seen",
             "The coordinator offers a release older than the last one seen here.",
@@ -106,11 +111,10 @@ def check_not_older(session: Session, model: str, record: ReleaseRecord) -> None
 def _check_chain(session: Session, model: str, seen: Seen, record: ReleaseRecord) -> None:
     """Follow `previous_record` from the last seen release to `record`."""
     digest = seen.record_digest
-    if record.number > seen.number:
-        for release in session.releases(model):
-            if seen.number < release.number < record.number:
-                step = checked_record(release, model, session.member)
-                digest = step.digest() if step.previous_record == digest else ""
+    if record.number > seen.number + 1:
+        for release in session.releases_between(model, seen.number, record.number):
+            step = checked_record(release, model, session.member)
+            digest = step.digest() if step.previous_record == digest else ""
     reached = record.digest() if record.number == seen.number else record.previous_record
     if reached != digest:
         raise IntegrityError(

@@ -21,6 +21,8 @@ from coldmerge.core.names import is_private
 from coldmerge.core.progress import Advance, Counter, Progress, silent
 from coldmerge.merging.methods import merger
 from coldmerge.rounds.policy import RoundTemplate
+from coldmerge.wire.channel import MAX_DOCUMENT_IN_MESSAGE
+from coldmerge.wire.convert import tensor_to_proto
 from coldmerge_coordinator.schedule import next_tick
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store import releases as release_table
@@ -28,6 +30,8 @@ from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Model
 from coldmerge_coordinator.tensor_sink import TensorSink
 
+ROOM_BESIDE = 64 * 2**10
+"""Bytes of a message for what goes beside the tensors: files, record, metrics."""
 _CODE = ("auto_map", "custom_pipelines")
 
 
@@ -71,6 +75,7 @@ def add_model(
     checkpoint = Checkpoint.open(folder)
     shared = _shared(checkpoint, private)
     notes = _notes(checkpoint, private)
+    _check_messages(checkpoint, shared)
     _check_disk(store.folder, checkpoint)
     total = sum(spec.nbytes for spec in checkpoint.tensors.values())
     advance = Counter("import", total, progress).add
@@ -167,6 +172,28 @@ def _notes(checkpoint: Checkpoint, private: Sequence[str]) -> tuple[str, ...]:
     elif any(key in checkpoint.config for key in _CODE):
         notes.append("config.json names Python code: releases carry none, so it will not load.")
     return tuple(notes)
+
+
+def _check_messages(checkpoint: Checkpoint, shared: Sequence[str]) -> None:
+    """A release's list of tensors travels in one message, and so does a manifest's."""
+    entries = {
+        name: TensorEntry(
+            name=name, dtype=spec.dtype, shape=spec.shape, sha256="0" * 64, nbytes=spec.nbytes
+        )
+        for name, spec in checkpoint.tensors.items()
+    }
+    listing = sum(tensor_to_proto(entry).ByteSize() + 4 for entry in entries.values())
+    manifest = sum(len(entries[name].canonical()) for name in shared)
+    room = MAX_DOCUMENT_IN_MESSAGE - ROOM_BESIDE
+    if max(listing, manifest) > room:
+        raise CheckpointError(
+            "model.too_many_tensors",
+            "The model has more tensors than one message can list.",
+            expected=f"a list of at most {room} bytes: about {room // 200} tensors",
+            got=f"{max(listing, manifest)} bytes for {len(entries)} tensors",
+            hint="Save it with fewer, larger tensors: the experts of a layer stacked in one.",
+            folder=checkpoint.folder,
+        )
 
 
 def _stored_bytes(spec: TensorSpec) -> int:

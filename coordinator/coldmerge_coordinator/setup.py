@@ -59,6 +59,7 @@ def init(
     config = _config(federation or _name_of(folder), hosts, listen, enrol_listen)
     for part in ("", "keys", "offline", "ca"):
         (folder / part).mkdir(mode=0o700, parents=not part, exist_ok=True)
+    folder.chmod(0o700)  # it may have been there, open to all
     fingerprint = _make_keys(folder, config, clock or SystemClock())
     Store.create(folder, config).close()
     return Made(config.federation, fingerprint, folder / identity.ROOT_KEY)

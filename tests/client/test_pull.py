@@ -37,10 +37,12 @@ from tests.client.conftest import (
 State = common_pb2.Round
 
 
-def publish(coordinator: Coordinator, session: Session, folder: Path, **policy: Any) -> str:
+def publish(
+    coordinator: Coordinator, session: Session, folder: Path, *, seed: int = 1, **policy: Any
+) -> str:
     """One round with one contribution, until it published (or waits for its gate)."""
     coordinator.open_round(**policy)
-    tuned = save_model(folder, tuned_tensors(base_tensors(), seed=1))
+    tuned = save_model(folder, tuned_tensors(base_tensors(), seed=seed))
     entry = push(session, "m", tuned, Facts(examples=5))
     done = (State.PUBLISHED, State.CANDIDATE)
     wait_until(lambda: session.round(entry.manifest.round).state in done, "the round", 30)
@@ -186,6 +188,30 @@ def test_a_rewritten_history_is_refused(
     assert error.value.code == "release.rewritten_history"
 
 
+def test_a_rewritten_history_is_refused_by_number_too(
+    coordinator: Coordinator, session: Session, tmp_path: Path
+) -> None:
+    with Session.open(coordinator.join(tmp_path / "other", "org-b")) as other:
+        publish(coordinator, other, tmp_path / "tuned")
+    session.home.saw("m", Seen(0, "a" * 64, "b" * 64))
+    with pytest.raises(IntegrityError) as error:
+        pull(session, "m", 1, allow_older=True)
+    assert error.value.code == "release.rewritten_history"
+
+
+def test_a_gap_in_what_was_seen_is_followed(
+    coordinator: Coordinator, session: Session, tmp_path: Path
+) -> None:
+    pull(session, "m")
+    with Session.open(coordinator.join(tmp_path / "other", "org-b")) as other:
+        publish(coordinator, other, tmp_path / "first")
+        publish(coordinator, other, tmp_path / "second", seed=2)
+        publish(coordinator, other, tmp_path / "third", seed=3)
+    between = session.releases_between("m", 0, 3)
+    assert [release.number for release in between] == [1, 2]
+    assert pull(session, "m").number == 3
+
+
 def test_a_record_signed_by_another_key_is_refused(session: Session) -> None:
     another = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
     session.member = replace(session.member, signing_key=another)
@@ -228,7 +254,7 @@ def test_a_pull_goes_on_when_the_link_breaks(
         pulled = pull(session, "m")
     assert line.cuts == 1
     assert content_entries(Checkpoint.open(pulled.folder)).digest == pulled.digest
-    assert line.down < SIZE + 5 * 2**20
+    assert line.down < SIZE + 10 * 2**20
 
 
 def test_a_pull_resumes_in_another_process_run(

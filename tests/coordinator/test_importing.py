@@ -108,6 +108,20 @@ def test_folders_that_are_refused(bench: Bench, tmp_path: Path) -> None:
         assert error.code == "checkpoint.not_finite"
 
 
+def test_more_tensors_than_a_message_can_list_are_refused(bench: Bench, tmp_path: Path) -> None:
+    one = values(1, 1)
+    many = {f"layers.{i}.experts.weight": one for i in range(25_000)}
+    error = refused(bench, write_model(tmp_path / "many", many))
+    assert isinstance(error, CheckpointError)
+    assert error.code == "model.too_many_tensors"
+
+
+def test_blobs_are_for_the_coordinator_alone(bench: Bench) -> None:
+    bench.add_model({"w": values(1, 3)})
+    for path in bench.store.blobs.folder.glob("??/*"):
+        assert path.stat().st_mode & 0o177 == 0
+
+
 def test_names_and_templates_that_are_refused(bench: Bench, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "fine", {"w": values(1, 3)})
     for name in ("", "a/b", "../x", "-x", "x" * 65, "ä"):

@@ -31,7 +31,9 @@ class BlobWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._temporary = folder / _INCOMING / f"{os.getpid()}-{secrets.token_hex(8)}"
-        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        self._fd = os.open(
+            self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+        )
         self._open = True
         self._hash = hashlib.sha256()
         self.nbytes = 0
