@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from tests.support import free_ports
+from tests.support import until as until
 
 COLDMERGE = (sys.executable, "-m", "coldmerge")
 PATIENCE = 90.0
-
-T = TypeVar("T")
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -25,28 +24,6 @@ def environment(**extra: str) -> dict[str, str]:
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     kept = {k: v for k, v in os.environ.items() if not k.startswith("COLDMERGE_")}
     return {**kept, **quiet, **extra}
-
-
-def until(
-    what: str, probe: Callable[[], T | None], patience: float = PATIENCE, every: float = 0.05
-) -> T:
-    """Ask `probe` again and again until it answers; fail with `what` when patience ends."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        found = probe()
-        if found:
-            return found
-        time.sleep(every)
-    raise AssertionError(f"waited {patience:.0f} s in vain for {what}")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now; the coordinator keeps them over its restarts."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def run(*args: str | Path, env: dict[str, str], check: bool = True) -> Any:
@@ -89,7 +66,7 @@ class Hub:
                 stderr=log,
                 start_new_session=True,
             )
-        until("the coordinator to serve", self._serves)
+        until("the coordinator to serve", self._serves, PATIENCE)
 
     def _serves(self) -> bool:
         """Whether this process has said where it listens; a killed one leaves its file."""

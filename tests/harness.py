@@ -6,8 +6,7 @@ import asyncio
 import hashlib
 import secrets
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -28,10 +27,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from coldmerge.core.checkpoint_writer import CheckpointWriter
 from coldmerge.core.documents import Manifest, Signed, TensorEntry, sign
 from coldmerge.core.dtypes import NUMPY, as_bytes
-from coldmerge.core.header import TensorSpec
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.wire.calls import call, client_stream, server_stream
 from coldmerge.wire.channel import local_channel, secure_channel
@@ -54,9 +51,9 @@ from coldmerge_coordinator.servers import Servers
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store.models import Round, Upload
+from tests.support import DTYPES, write_model
 
 Array = npt.NDArray[np.generic]
-DTYPES = {kind: name for name, kind in NUMPY.items()}
 MODEL = "triage"
 BF16 = NUMPY["BF16"]
 
@@ -83,15 +80,6 @@ class ShiftedClock:
 
     def now(self) -> datetime:
         return datetime.now(UTC) + self.offset
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Poll until `condition` holds."""
-    deadline = time.monotonic() + seconds
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        pause.wait(0.02)
 
 
 class Live:
@@ -329,15 +317,7 @@ def deltas(seed: int = 1) -> dict[str, Array]:
 def make_coordinator(folder: Path, tensors: Mapping[str, Array] | None = None) -> Path:
     """A coordinator's folder with one model, on free ports."""
     setup.init(folder, federation="test", listen="127.0.0.1:0", enrol_listen="127.0.0.1:0")
-    source = folder.parent / f"{folder.name}-source"
-    arrays = tensors or model_tensors()
-    with CheckpointWriter(source) as writer:
-        writer.declare(
-            [TensorSpec(n, DTYPES[a.dtype], a.shape, 0, a.nbytes) for n, a in arrays.items()]
-        )
-        for name, array in arrays.items():
-            writer.write(name, np.ascontiguousarray(array))
-        writer.write_file("config.json", b'{"model_type": "test"}')
+    source = write_model(folder.parent / f"{folder.name}-source", tensors or model_tensors())
     with Store.open(folder) as store:
         add_model(store, MODEL, source, ("classifier.*",))
     return folder

@@ -23,7 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from coldmerge_coordinator.identity import Authority, private_pem
-from tests.federation import Federation, Org, until
+from tests.federation import Federation, Org
+from tests.support import until
 from tests.tiny import write_bert, write_texts
 
 CANARY = "apple zinc cherry copper QX7CANARYTEXT93"

@@ -24,7 +24,8 @@ from coldmerge_coordinator import identity
 from coldmerge_coordinator.identity import Authority
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store.models import Contribution, Machine, Upload
-from tests.harness import MODEL, Keys, Live, MachineClient, chunk, deltas, wait_until
+from tests.harness import MODEL, Keys, Live, MachineClient, chunk, deltas
+from tests.support import until
 
 LIST = models_pb2.ListModelsRequest()
 
@@ -241,4 +242,4 @@ def test_last_seen_is_written_down(live: Live) -> None:
             machine = session.get_one(Machine, ("a", "box"))
             return machine.last_seen_at is not None and bool(machine.client_version)
 
-    wait_until(seen)
+    until("the call to be seen", seen)

@@ -9,11 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.duration_pb2 import Duration
 
-from coldmerge.core.checkpoint_writer import CheckpointWriter
-from coldmerge.core.dtypes import NUMPY
-from coldmerge.core.header import TensorSpec
 from coldmerge.rounds.policy import RoundTemplate
 from coldmerge.wire.calls import call
 from coldmerge.wire.channel import local_channel
@@ -33,31 +29,9 @@ from coldmerge.wire.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 from coldmerge_client import enrol
 from coldmerge_client.home import Home, Membership
 from coldmerge_client.session import Session
+from tests.support import free_ports, until, write_model
 
-START = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
 Arrays = Mapping[str, np.ndarray[Any, Any]]
-
-
-class FixedClock:
-    def __init__(self, time: datetime = START) -> None:
-        self.time = time
-
-    def now(self) -> datetime:
-        return self.time
-
-
-def save_model(folder: Path, tensors: Arrays) -> Path:
-    """A model folder with these tensors, a configuration and a tokenizer file."""
-    names = {dtype: name for name, dtype in NUMPY.items()}
-    with CheckpointWriter(folder) as writer:
-        writer.declare(
-            [TensorSpec(n, names[a.dtype], a.shape, 0, a.nbytes) for n, a in tensors.items()]
-        )
-        for name, array in tensors.items():
-            writer.write(name, np.ascontiguousarray(array))
-        writer.write_file("config.json", b'{"model_type": "test"}')
-        writer.write_file("tokenizer.json", b"{}")
-    return folder
 
 
 def base_tensors(elements: int = 4096) -> dict[str, np.ndarray[Any, Any]]:
@@ -101,24 +75,6 @@ def home(tmp_path: Path) -> Home:
     return home
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds} s for {what}")
-        threading.Event().wait(0.02)
-    return found
-
-
-def free_ports(count: int) -> list[str]:
-    """Addresses that stay the same when a coordinator is started again."""
-    with ExitStack() as stack:
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-        for found in sockets:
-            stack.enter_context(found)
-        return [f"127.0.0.1:{found.getsockname()[1]}" for found in sockets]
-
-
 _SERVE = "import pathlib, sys; from coldmerge_coordinator.serve import serve; "
 _SERVE += "serve(pathlib.Path(sys.argv[1]))"
 
@@ -141,8 +97,8 @@ class Coordinator:
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
-        wait_until((self.folder / "run.json").exists, "run.json")
-        wait_until((self.folder / "admin.sock").exists, "admin.sock")
+        until("run.json", (self.folder / "run.json").exists)
+        until("admin.sock", (self.folder / "admin.sock").exists)
 
     def addresses(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
@@ -282,9 +238,9 @@ def make_coordinator(tmp_path: Path) -> Iterator[Callable[..., Coordinator]]:
 
     def make(tensors: Arrays | None = None) -> Coordinator:
         folder = tmp_path / "hub"
-        api, enrolment = free_ports(2)
+        api, enrolment = (f"127.0.0.1:{port}" for port in free_ports(2))
         made = init(folder, federation="fed", listen=api, enrol_listen=enrolment)
-        source = save_model(tmp_path / "source", tensors or base_tensors())
+        source = write_model(tmp_path / "source", tensors or base_tensors())
         store = Store.open(folder)
         add_model(store, "m", source, ["classifier.*"], RoundTemplate())
         store.close()

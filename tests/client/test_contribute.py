@@ -32,10 +32,9 @@ from coldmerge_client.training.config import TrainConfig
 from tests.client.conftest import (
     Coordinator,
     base_tensors,
-    save_model,
     tuned_tensors,
-    wait_until,
 )
+from tests.support import until, write_model
 
 State = common_pb2.Round
 GATE = {"min_evaluators": 2, "window": "1h"}
@@ -165,7 +164,7 @@ def test_two_organizations_take_two_rounds(coordinator: Coordinator, members: An
     threads = [a.start(), b.start()]
     admin = a.session.home.path.parent / "watcher"
     with Session.open(coordinator.join(admin, "org-c"), timeout=20) as watcher:
-        wait_until(lambda: watcher.model("m").latest_number == 1, "release 1", 40)
+        until("release 1", lambda: watcher.model("m").latest_number == 1, 40)
         coordinator.open_round(min_contributions=2, gate=GATE)
         for thread in threads:
             thread.join(60)
@@ -210,7 +209,7 @@ def test_a_person_may_say_no_and_the_loop_goes_on(coordinator: Coordinator, memb
     a = members("org-a", 1, policy=SendPolicy(require_approval=True), approve=second_time)
     first = coordinator.open_round()
     thread = a.start()
-    wait_until(lambda: "skipped" in a.kinds(), "the refusal")
+    until("the refusal", lambda: "skipped" in a.kinds())
     with Session.open(a.session.home) as other:
         assert other.contributions("m", first.id) == ()
         assert [line.event for line in sent_log.read(a.session.home)] == ["join"]
@@ -222,13 +221,33 @@ def test_a_person_may_say_no_and_the_loop_goes_on(coordinator: Coordinator, memb
     assert trainings(a.session.home) == 1
 
 
+def test_scores_leave_only_when_a_person_agrees(coordinator: Coordinator, members: Any) -> None:
+    asked: list[Any] = []
+
+    def tensors_only(leaving: Any) -> bool:
+        asked.append(leaving)
+        return bool(leaving.tensors)
+
+    a = members("org-a", 1, policy=SendPolicy(require_approval=True), approve=tensors_only)
+    opened = coordinator.open_round(gate={"min_evaluators": 1, "window": "2s"})
+    thread = a.start()
+    until("the refusal", lambda: "skipped" in a.kinds(), 40)
+    assert [leaving.kind for leaving in asked] == ["full", "evaluation"]
+    assert asked[1].numbers["items"] == 20
+    events = [line.event for line in sent_log.read(a.session.home)]
+    assert "evaluation" not in events
+    coordinator.admin("AbandonRound", admin_pb2.RoundAction(round=opened.id, reason="nobody"))
+    thread.join(40)
+    assert a.error is None
+
+
 def test_a_loop_started_again_does_nothing_twice(
     coordinator: Coordinator, members: Any, trainer: Path
 ) -> None:
     opened = coordinator.open_round(min_contributions=1, gate={"min_evaluators": 2})
     first = members("org-a", 1)
     first.start()
-    wait_until(lambda: "evaluated" in first.kinds(), "the evaluation", 40)
+    until("the evaluation", lambda: "evaluated" in first.kinds(), 40)
     again = members("org-a", 1)
     again.session.home.lock("contribute-m").unlink()  # as after kill -9
     thread = again.start()
@@ -250,7 +269,7 @@ def test_an_upload_left_by_a_crash_is_sent_without_training_again(
 ) -> None:
     opened = coordinator.open_round()
     a = members("org-a", 1)
-    tuned = save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
+    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
     entry = prepare(a.session, opened, tuned, Facts(3))
     run(a)
     assert Outbox(a.session.home).get(entry.id).state == "sent"
@@ -262,7 +281,7 @@ def test_what_waits_against_a_stricter_policy_is_made_again(
 ) -> None:
     opened = coordinator.open_round()
     a = members("org-a", 1, policy=SendPolicy(private=("body.small",)))
-    tuned = save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
+    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
     entry = prepare(a.session, opened, tuned, Facts(3), policy=SendPolicy())
     run(a)
     outbox = Outbox(a.session.home)
@@ -278,7 +297,7 @@ def test_a_round_that_ends_while_we_train_is_left_out(
     first = coordinator.open_round()
     a = members("org-a", 1)
     other_home = coordinator.join(tmp_path / "other", "org-b")
-    tuned = save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
+    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
     meanwhile = threading.Event()
 
     def tell(step: Step) -> None:
@@ -287,7 +306,7 @@ def test_a_round_that_ends_while_we_train_is_left_out(
             meanwhile.set()
             with Session.open(other_home) as other:
                 push(other, "m", tuned, Facts(3))
-                wait_until(lambda: other.round(first.id).state == State.PUBLISHED, "round 1")
+                until("round 1", lambda: other.round(first.id).state == State.PUBLISHED)
             coordinator.open_round()
 
     a.terms = Terms(a.terms.config, a.terms.policy, tell=tell)
@@ -304,7 +323,7 @@ def test_the_loop_outlives_a_coordinator_that_is_killed(
     a, b = members("org-a", 1), members("org-b", 2)
     thread = a.start()
     coordinator.open_round(min_contributions=2, gate=GATE)
-    wait_until(lambda: "sent" in a.kinds(), "the first contribution")
+    until("the first contribution", lambda: "sent" in a.kinds())
     coordinator.stop(signal.SIGKILL)
     coordinator.start()
     run(b)
@@ -367,9 +386,9 @@ def test_the_paired_evaluation_is_what_the_trainer_found(
     opened = coordinator.open_round(gate={"min_evaluators": 2})
     with pytest.raises(ConflictError, match="no candidate"):
         evaluate(session, opened, config_of(trainer, 1))
-    tuned = save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
+    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
     push(session, "m", tuned, Facts(3))
-    wait_until(lambda: session.round(opened.id).state == State.CANDIDATE, "the candidate")
+    until("the candidate", lambda: session.round(opened.id).state == State.CANDIDATE)
     found = session.round(opened.id)
     scores = evaluate(session, found, config_of(trainer, 1, good=[10, 15]))
     assert (scores.n, scores.gained, scores.lost) == (20, 5, 0)

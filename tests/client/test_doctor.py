@@ -7,8 +7,9 @@ import pytest
 
 from coldmerge_client.doctor import Check, examine
 from coldmerge_client.home import Home
-from tests.client.conftest import Coordinator, free_ports, save_model, tuned_tensors
+from tests.client.conftest import Coordinator, tuned_tensors
 from tests.client.conftest import base_tensors as tensors
+from tests.support import free_ports, write_model
 
 
 def checks(home: Home) -> dict[str, Check]:
@@ -82,7 +83,9 @@ def test_a_nearly_unreachable_coordinator_behind_a_proxy_is_a_warning(
 ) -> None:
     joined = coordinator.join(tmp_path / "joined")
     place = joined.path / "federation.json"
-    place.write_text(json.dumps(json.loads(place.read_text()) | {"address": free_ports(1)[0]}))
+    place.write_text(
+        json.dumps(json.loads(place.read_text()) | {"address": f"127.0.0.1:{free_ports(1)[0]}"})
+    )
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     assert checks(joined)["api port"].status == "warn"
 
@@ -123,7 +126,7 @@ def test_what_waits_in_the_outbox_is_said(coordinator: Coordinator, tmp_path: Pa
 
     home = coordinator.join(tmp_path / "home")
     with Session.open(home) as session:
-        tuned = save_model(tmp_path / "tuned", tuned_tensors(tensors(), 1))
+        tuned = write_model(tmp_path / "tuned", tuned_tensors(tensors(), 1))
         entry = prepare(session, coordinator.open_round(), tuned, Facts(1))
     check = checks(home)["outbox"]
     assert check.status == "warn"

@@ -26,7 +26,8 @@ from coldmerge_client.enrol import join, renew, renewal_due, validity
 from coldmerge_client.home import Home
 from coldmerge_client.session import Session
 from coldmerge_coordinator import identity
-from tests.client.conftest import Coordinator, free_ports
+from tests.client.conftest import Coordinator
+from tests.support import free_ports
 
 
 def invitation_to(address: str) -> Invitation:
@@ -66,7 +67,7 @@ def test_a_machine_name_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_nobody_there_ends_soon_and_can_be_tried_again(tmp_path: Path) -> None:
-    ticket = invitation_to(free_ports(1)[0])
+    ticket = invitation_to(f"127.0.0.1:{free_ports(1)[0]}")
     home = Home(tmp_path / "home")
     began = time.monotonic()
     with pytest.raises(UnavailableError):

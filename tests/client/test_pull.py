@@ -28,11 +28,10 @@ from tests.client.conftest import (
     Coordinator,
     Relay,
     base_tensors,
-    save_model,
     through,
     tuned_tensors,
-    wait_until,
 )
+from tests.support import until, write_model
 
 State = common_pb2.Round
 
@@ -42,10 +41,10 @@ def publish(
 ) -> str:
     """One round with one contribution, until it published (or waits for its gate)."""
     coordinator.open_round(**policy)
-    tuned = save_model(folder, tuned_tensors(base_tensors(), seed=seed))
+    tuned = write_model(folder, tuned_tensors(base_tensors(), seed=seed))
     entry = push(session, "m", tuned, Facts(examples=5))
     done = (State.PUBLISHED, State.CANDIDATE)
-    wait_until(lambda: session.round(entry.manifest.round).state in done, "the round", 30)
+    until("the round", lambda: session.round(entry.manifest.round).state in done, 30)
     return entry.manifest.round
 
 

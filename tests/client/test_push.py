@@ -40,11 +40,10 @@ from tests.client.conftest import (
     Coordinator,
     Relay,
     base_tensors,
-    save_model,
     through,
     tuned_tensors,
-    wait_until,
 )
+from tests.support import until, write_model
 
 FACTS = Facts(examples=12, metrics={"accuracy": 0.75}, training={"epochs": 1.0})
 MiB = 2**20
@@ -52,7 +51,7 @@ MiB = 2**20
 
 @pytest.fixture
 def tuned(tmp_path: Path) -> Path:
-    return save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), seed=3))
+    return write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), seed=3))
 
 
 @pytest.fixture
@@ -215,7 +214,7 @@ def test_a_fine_tune_that_cannot_be_extracted_leaves_the_outbox_empty(
     broken = tuned_tensors(base_tensors(), 3)
     broken["body.small"] = np.full(16, np.nan, np.float32)
     with pytest.raises(TaskVectorError):
-        push(session, "m", save_model(tmp_path / "broken", broken), FACTS)
+        push(session, "m", write_model(tmp_path / "broken", broken), FACTS)
     assert list(session.home.outbox.iterdir()) == []
 
 
@@ -223,7 +222,7 @@ def test_a_newer_fine_tune_replaces_one_that_was_not_sent(
     opened: common_pb2.Round, session: Session, tuned: Path, tmp_path: Path
 ) -> None:
     first = prepare(session, opened, tuned, FACTS)
-    newer = save_model(tmp_path / "newer", tuned_tensors(base_tensors(), 4))
+    newer = write_model(tmp_path / "newer", tuned_tensors(base_tensors(), 4))
     second = prepare(session, opened, newer, FACTS)
     outbox = Outbox(session.home)
     assert outbox.get(first.id).state == "refused"
@@ -241,7 +240,7 @@ def test_a_second_machine_replaces_the_contribution_of_the_first(
 ) -> None:
     push(session, "m", tuned, FACTS)
     with Session.open(coordinator.join(tmp_path / "second", "org-a", "server")) as second:
-        newer = save_model(tmp_path / "newer", tuned_tensors(base_tensors(), 4))
+        newer = write_model(tmp_path / "newer", tuned_tensors(base_tensors(), 4))
         entry = push(second, "m", newer, FACTS)
         assert entry.receipt is not None
         (found,) = admitted(session, opened.id)
@@ -271,7 +270,7 @@ def test_a_round_that_sealed_before_the_push_takes_nothing(
     opened = coordinator.open_round(min_contributions=1)
     entry = prepare(session, opened, tuned, FACTS)
     with Session.open(coordinator.join(tmp_path / "b", "org-b")) as other:
-        push(other, "m", save_model(tmp_path / "t", tuned_tensors(base_tensors(), 5)), FACTS)
+        push(other, "m", write_model(tmp_path / "t", tuned_tensors(base_tensors(), 5)), FACTS)
     with pytest.raises(ConflictError):
         send(session, entry)
     assert Outbox(session.home).get(entry.id).pending
@@ -311,7 +310,7 @@ def large(
     relay = Relay(coordinator.addresses()["api"])
     opened = coordinator.open_round(min_contributions=2)
     moved = np.random.default_rng(1).normal(size=ELEMENTS).astype(np.float32)
-    tuned = save_model(tmp_path / "tuned", {"body.large": moved})
+    tuned = write_model(tmp_path / "tuned", {"body.large": moved})
     home = through(coordinator.join(tmp_path / "home"), relay)
     with Session.open(home, timeout=20) as session:
         entry = prepare(session, opened, tuned, FACTS)
@@ -380,7 +379,7 @@ def test_an_upload_resumes_after_kill_9_of_the_client(
     mark = tmp_path / "half"
     process = subprocess.Popen([sys.executable, "-c", SENDER, str(session.home.path), str(mark)])
     try:
-        wait_until(mark.exists, "half of the upload", 30)
+        until("half of the upload", mark.exists, 30)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(10)

@@ -13,14 +13,15 @@ from coldmerge_client.prepare import Facts
 from coldmerge_client.push import push
 from coldmerge_client.session import Session
 from coldmerge_client.withdraw import withdraw
-from tests.client.conftest import Coordinator, base_tensors, save_model, tuned_tensors
+from tests.client.conftest import Coordinator, base_tensors, tuned_tensors
+from tests.support import write_model
 
 
 def test_what_was_pushed_can_be_taken_back_while_the_round_is_open(
     coordinator: Coordinator, session: Session, tmp_path: Path
 ) -> None:
     opened = coordinator.open_round(min_contributions=2)
-    tuned = save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), seed=3))
+    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), seed=3))
     with pytest.raises(NotFoundError) as caught:
         withdraw(session, "m")
     assert caught.value.code == "withdraw.nothing_there"
@@ -44,7 +45,7 @@ def test_a_sealed_round_gives_nothing_back(
     coordinator: Coordinator, session: Session, tmp_path: Path
 ) -> None:
     coordinator.open_round(min_contributions=1)
-    tuned = save_model(tmp_path / "tuned", tuned_tensors(base_tensors(), seed=3))
+    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), seed=3))
     push(session, "m", tuned, Facts(examples=5))
     with pytest.raises(ConflictError) as caught:
         withdraw(session, "m")

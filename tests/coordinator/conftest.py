@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from coldmerge.core.checkpoint_writer import CheckpointWriter
 from coldmerge.core.documents import Manifest
 from coldmerge.core.dtypes import NUMPY, as_bytes
 from coldmerge.core.header import TensorSpec
@@ -24,37 +22,9 @@ from coldmerge_coordinator.config import CoordinatorConfig
 from coldmerge_coordinator.importing import add_model
 from coldmerge_coordinator.store import Store, contributions, releases, rounds
 from coldmerge_coordinator.store.models import Contribution, Contributor, Release, Round
+from tests.support import DTYPES, FixedClock, write_model
 
 Array = npt.NDArray[np.generic]
-START = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
-_DTYPES = {kind: name for name, kind in NUMPY.items()}
-
-
-class FixedClock:
-    """Time stands still until a test moves it."""
-
-    def __init__(self) -> None:
-        self.time = START
-
-    def now(self) -> datetime:
-        return self.time
-
-    def advance(self, by: timedelta) -> None:
-        self.time += by
-
-
-def write_model(folder: Path, tensors: Mapping[str, Array]) -> Path:
-    """A model folder of these tensors with a minimal configuration."""
-    specs = [
-        TensorSpec(name, _DTYPES[array.dtype], array.shape, 0, array.nbytes)
-        for name, array in tensors.items()
-    ]
-    with CheckpointWriter(folder) as writer:
-        writer.declare(specs)
-        for name, array in tensors.items():
-            writer.write(name, np.ascontiguousarray(array))
-        writer.write_file("config.json", b'{"model_type": "test"}')
-    return folder
 
 
 class Bench:
@@ -94,7 +64,7 @@ class Bench:
         row = self.round(round_id)
         path = self.store.contributions / f"{contribution}.safetensors"
         entries = [
-            TensorSpec(key, _DTYPES[array.dtype], array.shape, 0, array.nbytes)
+            TensorSpec(key, DTYPES[array.dtype], array.shape, 0, array.nbytes)
             for key, array in sorted(deltas.items())
         ]
         kind = "lora" if scaling else "full"

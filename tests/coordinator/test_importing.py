@@ -20,7 +20,7 @@ from coldmerge.rounds.policy import RoundTemplate
 from coldmerge_coordinator.importing import add_model
 from coldmerge_coordinator.store import Store, releases
 from coldmerge_coordinator.store.models import Blob, Model
-from tests.coordinator.conftest import write_model
+from tests.support import write_model
 
 if TYPE_CHECKING:
     from tests.coordinator.conftest import Bench
@@ -145,7 +145,7 @@ def test_two_models_may_share_blobs(bench: Bench) -> None:
     bench.add_model({"w": values(1, 3), "x": values(2, 3)}, "one")
     bench.add_model({"w": values(1, 3), "x": values(3, 3)}, "two")
     with bench.store.database.read() as session:
-        assert len(session.scalars(select(Blob)).all()) == 4  # three tensors, one config.json
+        assert len(session.scalars(select(Blob)).all()) == 5  # three tensors, two files
 
 
 def test_code_in_the_configuration_is_mentioned(bench: Bench, tmp_path: Path) -> None:
@@ -161,7 +161,8 @@ import errno, shutil, subprocess, sys
 from pathlib import Path
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", sys.argv[1]], check=True)
 folder = Path(sys.argv[1])
-from tests.coordinator.conftest import Bench, FixedClock, make_store, write_model
+from tests.coordinator.conftest import Bench, make_store
+from tests.support import FixedClock, write_model
 from coldmerge_coordinator.importing import add_model
 import numpy as np
 from coldmerge.core.errors import ResourceError

@@ -22,7 +22,8 @@ from coldmerge_coordinator.store.models import Master, Notice
 from coldmerge_coordinator.worker import Worker, run_once
 
 if TYPE_CHECKING:
-    from tests.coordinator.conftest import Array, Bench, FixedClock
+    from tests.coordinator.conftest import Array, Bench
+    from tests.support import FixedClock
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ROWS, COLUMNS = 300, 1000  # more than one block

@@ -28,7 +28,8 @@ from sqlalchemy import select
 from coldmerge_coordinator import candidate
 from coldmerge_coordinator.store.models import Notice
 from coldmerge_coordinator.worker import RETRY_FULL, Worker
-from tests.coordinator.conftest import Bench, FixedClock, make_store
+from tests.coordinator.conftest import Bench, make_store
+from tests.support import FixedClock
 import structlog
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 

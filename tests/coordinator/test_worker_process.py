@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,11 @@ import pytest
 from coldmerge.rounds.state import State
 from coldmerge_coordinator.store import Store, releases, rounds
 from coldmerge_coordinator.worker import run_once
+from tests.support import until
 
 if TYPE_CHECKING:
-    from tests.coordinator.conftest import Bench, FixedClock
+    from tests.coordinator.conftest import Bench
+    from tests.support import FixedClock
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -45,13 +46,6 @@ def start() -> Iterator[Start]:
         if process.poll() is None:
             process.kill()
         process.wait()
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.005)
 
 
 def sealed(bench: Bench, tensors: int = 6, size: int = 2_000_000) -> str:
@@ -106,14 +100,14 @@ def test_killed_at_any_moment_it_comes_to_the_same_release(
     interrupted = 0
     for finished in (0, 1, 5):
         process = start(folder)
-        until(partial(merging, folder, process), "the merge")
-        until(partial(has_blobs, folder, before + finished), "finished blobs")
+        until("the merge", partial(merging, folder, process), every=0.005)
+        until("finished blobs", partial(has_blobs, folder, before + finished), every=0.005)
         process.kill()
         process.wait()
         interrupted += state(folder, round_id) == State.MERGING
     assert interrupted
     start(folder)
-    until(lambda: state(folder, round_id) == State.PUBLISHED, "the release")
+    until("the release", lambda: state(folder, round_id) == State.PUBLISHED, every=0.005)
     assert latest(folder) == expected
 
 
@@ -121,7 +115,7 @@ def test_sigterm_in_the_middle_ends_cleanly_and_soon(bench: Bench, start: Start)
     round_id = sealed(bench)
     folder = bench.store.folder
     process = start(folder)
-    until(partial(merging, folder, process), "the merge")
+    until("the merge", partial(merging, folder, process), every=0.005)
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == 0
     assert not merging(folder, process), "its unfinished blob is gone"
@@ -129,13 +123,13 @@ def test_sigterm_in_the_middle_ends_cleanly_and_soon(bench: Bench, start: Start)
     with bench.store.database.read() as session:
         assert rounds.get(session, round_id).merge_attempts == 0
     start(folder)
-    until(lambda: state(folder, round_id) == State.PUBLISHED, "the release")
+    until("the release", lambda: state(folder, round_id) == State.PUBLISHED, every=0.005)
 
 
 def test_an_idle_worker_ends_on_sigterm(bench: Bench, start: Start) -> None:
     lock = bench.store.folder / "worker.lock"
     process = start(bench.store.folder)
-    until(lock.exists, "the lock")
+    until("the lock", lock.exists, every=0.005)
     process.terminate()
     assert process.wait(5) == 0
 
@@ -143,17 +137,17 @@ def test_an_idle_worker_ends_on_sigterm(bench: Bench, start: Start) -> None:
 def test_a_second_worker_on_a_folder_waits_for_the_first(bench: Bench, start: Start) -> None:
     folder = bench.store.folder
     first = start(folder)
-    until((folder / "worker.lock").exists, "the lock")
+    until("the lock", (folder / "worker.lock").exists, every=0.005)
     second = start(folder)
     round_id = sealed(bench, tensors=1, size=10)
-    until(lambda: state(folder, round_id) == State.PUBLISHED, "the release")
+    until("the release", lambda: state(folder, round_id) == State.PUBLISHED, every=0.005)
     assert first.poll() is None
     assert second.poll() is None
     first.kill()
     first.wait()
     again = bench.open_round()
     bench.contribute(again, "a", {"layer.0.weight": np.ones(10, np.float32)})
-    until(lambda: state(folder, again) == State.PUBLISHED, "the second one's release")
+    until("the second one's release", lambda: state(folder, again) == State.PUBLISHED, every=0.005)
 
 
 def test_an_orphan_ends(bench: Bench, start: Start) -> None:

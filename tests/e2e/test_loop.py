@@ -12,7 +12,8 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.federation import Federation, Org, until
+from tests.federation import Federation, Org
+from tests.support import until
 from tests.tiny import write_bert, write_texts
 
 

@@ -17,7 +17,8 @@ from coldmerge.wire.v1 import admin_pb2, contributions_pb2
 from coldmerge_coordinator.service.uploads import contribution_id
 from coldmerge_coordinator.store import contributions, rounds
 from coldmerge_coordinator.store.models import Contribution, Round, Upload
-from tests.harness import BF16, Live, chunk, coordinator, deltas, wait_until
+from tests.harness import BF16, Live, chunk, coordinator, deltas
+from tests.support import until
 
 
 def _round(live: Live, round_: Round) -> Round:
@@ -247,7 +248,7 @@ def test_a_new_stream_takes_over_from_a_dead_one(live: Live) -> None:
 
     def slow() -> Iterator[contributions_pb2.WriteRequest]:
         yield chunk(begun.upload_id, 0, payload[:50])
-        wait_until(lambda: second.status(begun.upload_id).committed_size == 50)
+        until("50 bytes", lambda: second.status(begun.upload_id).committed_size == 50)
         seen.append(second.write(begun.upload_id, payload[50:], offset=50))
         yield chunk(begun.upload_id, 50, payload[50:])
 
@@ -342,7 +343,7 @@ def test_a_large_upload_is_flushed_on_the_way(tmp_path_factory: pytest.TempPathF
         def requests() -> Iterator[contributions_pb2.WriteRequest]:
             for start in range(0, len(payload), 2**20):
                 if start == 17 * 2**20:
-                    wait_until(lambda: committed() >= 16 * 2**20)
+                    until("a flush", lambda: committed() >= 16 * 2**20)
                 yield chunk(begun.upload_id, start, payload[start : start + 2**20])
 
         assert org.stream(requests()) == len(payload) == committed()

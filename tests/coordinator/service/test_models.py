@@ -46,7 +46,7 @@ def test_a_release_by_number_digest_and_as_latest(live: Live) -> None:
     content = content_of(first)
     assert record.content_digest == content.digest == first.content_digest
     assert [entry.name for entry in content.tensors] == sorted(model_tensors())
-    assert [entry.path for entry in content.files] == ["config.json"]
+    assert [entry.path for entry in content.files] == ["config.json", "tokenizer.json"]
 
 
 @pytest.mark.parametrize("which", [{"number": 9}, {"number": -1}, {"content_digest": "0" * 64}])

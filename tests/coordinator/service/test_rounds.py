@@ -157,9 +157,11 @@ def test_an_evaluation_signed_by_another(live: Live) -> None:
 def test_an_evaluation_when_none_is_awaited(live: Live) -> None:
     (a,) = _candidate(live, "a")
     evaluation = _evaluation(a)
-    _report(a, evaluation)
+    published = _report(a, evaluation)
+    assert _report(a, evaluation) == published, "the same again is answered alike"
+    another = evaluation.model_copy(update={"created_at": live.clock.now()})
     with pytest.raises(ConflictError) as caught:
-        _report(a, evaluation)
+        _report(a, another)
     assert caught.value.code == "round.wrong_state"
     with pytest.raises(NotFoundError):
         _report(a, _evaluation(a, round="round-0"))

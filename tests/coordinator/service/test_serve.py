@@ -26,7 +26,8 @@ from coldmerge.wire.v1 import admin_pb2, admin_pb2_grpc, models_pb2, models_pb2_
 from coldmerge_coordinator import setup
 from coldmerge_coordinator.identity import Authority
 from coldmerge_coordinator.servers import ServerCertificate
-from tests.harness import MODEL, Live, ShiftedClock, make_coordinator, wait_until
+from tests.harness import MODEL, Live, ShiftedClock, make_coordinator
+from tests.support import until
 
 SERVE = (
     "import sys; from pathlib import Path; from coldmerge_coordinator.serve import serve;"
@@ -43,7 +44,7 @@ def _serving(folder: Path) -> Iterator[subprocess.Popen[str]]:
         text=True,
     )
     try:
-        wait_until(lambda: (folder / "run.json").exists() or process.poll() is not None, 30)
+        until("run.json", lambda: (folder / "run.json").exists() or process.poll() is not None)
         yield process
     finally:
         process.kill()
@@ -65,7 +66,7 @@ def test_ready_then_clean_at_sigterm(tmp_path: Path) -> None:
     with _serving(folder) as process:
         state = _run(folder)
         assert state["pid"] == process.pid
-        wait_until(lambda: len(_children(process.pid)) == 1)
+        until("one worker", lambda: len(_children(process.pid)) == 1)
         with local_channel(Path(state["socket"])) as channel:
             models = models_pb2_grpc.ModelsStub(channel)  # type: ignore[no-untyped-call]
             found = call(models.ListModels, models_pb2.ListModelsRequest())
@@ -125,14 +126,14 @@ def test_a_second_serve_is_refused_and_the_first_goes_on(tmp_path: Path) -> None
 def test_a_killed_worker_comes_back_and_a_killed_coordinator_leaves_none(tmp_path: Path) -> None:
     folder = make_coordinator(tmp_path / "hub")
     with _serving(folder) as process:
-        wait_until(lambda: len(_children(process.pid)) == 1)
+        until("one worker", lambda: len(_children(process.pid)) == 1)
         (first,) = _children(process.pid)
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: _children(process.pid) not in ([], [first]))
+        until("another worker", lambda: _children(process.pid) not in ([], [first]))
         (second,) = _children(process.pid)
         process.kill()
         process.wait()
-        wait_until(lambda: not Path(f"/proc/{second}").exists(), 20)
+        until("the worker to end", lambda: not Path(f"/proc/{second}").exists())
     (folder / "run.json").unlink()
     with _serving(folder) as again:
         assert _run(folder)["pid"] == again.pid
