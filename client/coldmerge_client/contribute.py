@@ -14,8 +14,9 @@ from typing import Literal
 
 from coldmerge.core.errors import ConflictError, PermissionDeniedError
 from coldmerge.core.progress import Progress, silent
+from coldmerge.evaluation.metrics import PairedScores
 from coldmerge.wire.v1 import common_pb2, contributions_pb2
-from coldmerge_client.evaluate import evaluate, report
+from coldmerge_client.evaluate import evaluate, leaving_scores, report
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import Outbox
 from coldmerge_client.policy import SendPolicy
@@ -213,6 +214,23 @@ class _Loop:
             return
         self._tell("evaluating", "Judging the candidate on our own data", round_)
         scores = evaluate(self.session, round_, self.terms.config, progress=self.terms.progress)
+        if self._may_leave(round_, scores):
+            self._report(round_, scores)
+        with self.session.home.state() as state:
+            state.setdefault("judged", {})[self.model] = round_.candidate_digest
+        self.last = None
+
+    def _may_leave(self, round_: common_pb2.Round, scores: PairedScores) -> bool:
+        """Whether a person lets the scores leave, where the policy asks one."""
+        terms = self.terms
+        if not terms.policy.require_approval:
+            return True
+        if terms.approve is not None and terms.approve(leaving_scores(round_, scores)):
+            return True
+        self._tell("skipped", "The scores stay here: they were not approved", round_)
+        return False
+
+    def _report(self, round_: common_pb2.Round, scores: PairedScores) -> None:
         try:
             report(self.session, round_, scores)
         except ConflictError:
@@ -222,9 +240,6 @@ class _Loop:
         else:
             change = 100 * (scores.candidate.accuracy - scores.base.accuracy)
             self._tell("evaluated", f"Accuracy {change:+.1f} points on {scores.n} items", round_)
-        with self.session.home.state() as state:
-            state.setdefault("judged", {})[self.model] = round_.candidate_digest
-        self.last = None
 
     def _judged(self) -> str | None:
         with self.session.home.state() as state:

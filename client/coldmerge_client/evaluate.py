@@ -13,7 +13,7 @@ from coldmerge.core.progress import Progress, silent
 from coldmerge.evaluation.metrics import PairedScores, paired
 from coldmerge.wire.v1 import common_pb2
 from coldmerge_client import sent_log
-from coldmerge_client.prepare import base_of
+from coldmerge_client.prepare import Leaving, base_of
 from coldmerge_client.pull import pull_candidate
 from coldmerge_client.session import Session
 from coldmerge_client.training.config import TrainConfig
@@ -57,6 +57,31 @@ def evaluate(
         replace(job, release=candidate.folder, digest=candidate.digest), progress
     )
     return paired(before.labels, before.predicted, after.predicted)
+
+
+def leaving_scores(round_: common_pb2.Round, scores: PairedScores) -> Leaving:
+    """What leaves with a report, for a person to approve: numbers, no tensors."""
+    numbers = {
+        "items": scores.n,
+        "base_accuracy": scores.base.accuracy,
+        "candidate_accuracy": scores.candidate.accuracy,
+        "base_macro_f1": scores.base.macro_f1,
+        "candidate_macro_f1": scores.candidate.macro_f1,
+        "only_candidate_right": scores.gained,
+        "only_base_right": scores.lost,
+    }
+    return Leaving(
+        model=round_.model,
+        base_number=round_.base_number,
+        kind="evaluation",
+        encoding="none",
+        tensors=(),
+        payload_bytes=0,
+        norm=0.0,
+        numbers=numbers,
+        kept_home=(),
+        unchanged=0,
+    )
 
 
 def report(session: Session, round_: common_pb2.Round, scores: PairedScores) -> Evaluation:

@@ -4,7 +4,7 @@ The allow-list itself is not a setting: only tensors of the release that match n
 the model's private patterns can leave, in any policy. `policy.yaml` in the home folder
 can only narrow that:
 
-    require_approval: true        ask a person before every contribution
+    require_approval: true        ask a person before anything made from data leaves
     private: ["encoder.layer.11.*"]   keep these at home as well
     encoding: bf16                half the bytes, slightly rounded
     max_bytes: 500000000          refuse to send more than this

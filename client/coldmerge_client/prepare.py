@@ -45,7 +45,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Leaving:
-    """All that would leave with a contribution, and what stays and why.
+    """All that would leave with a contribution (or an evaluation), and what stays and why.
 
     `tensors` pairs each name with its bytes. Besides tensors only `numbers` leave:
     what the signed manifest says.

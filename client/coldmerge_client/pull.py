@@ -263,10 +263,13 @@ def _local_sources(home: Home, model: str, damaged: set[Path]) -> dict[str, _Sou
 
 
 def prune(home: Home, model: str, *, keep: int, candidate: str | None = None) -> None:
-    """Remove all but the newest `keep` releases, and every candidate but `candidate`."""
+    """Remove all but the newest `keep` releases, and every candidate but `candidate`.
+
+    What cannot be removed now, because another process does so too, goes the next time.
+    """
     for number in home.local_releases(model)[:-keep]:
-        shutil.rmtree(home.release(model, number))
+        shutil.rmtree(home.release(model, number), ignore_errors=True)
     folder = home.candidates(model)
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name != candidate:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)

@@ -69,7 +69,7 @@ def forget(home: Home, model: str, *, keep: Pulled | None = None) -> None:
     work = home.work(model)
     for folder in work.iterdir() if work.is_dir() else ():
         if folder != kept:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folder(home: Home, base: Pulled) -> Path:

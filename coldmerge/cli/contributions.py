@@ -219,6 +219,7 @@ def _ask(leaving: Leaving) -> bool:
 
 
 def _print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
+    numbers = ", ".join(f"{key} {value:g}" for key, value in leaving.numbers.items())
     if fmt is Format.JSON:
         print_json(
             {
@@ -237,6 +238,9 @@ def _print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
         )
         return
     word = "Left" if sent else "Would leave"
+    if leaving.kind == "evaluation":
+        out.print(f"[bold]{word}:[/bold] these numbers and nothing else: {numbers}")
+        return
     out.print(
         f"[bold]{word}:[/bold] {len(leaving.tensors)} tensors, {size(leaving.payload_bytes)} in "
         f"{leaving.encoding}, norm {leaving.norm:.4g}, against release {leaving.base_number} "
@@ -246,7 +250,6 @@ def _print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
     if not sent:
         for name, nbytes in leaving.tensors:
             out.print(f"  {name}  {size(nbytes)}", highlight=False)
-    numbers = ", ".join(f"{key} {value:g}" for key, value in leaving.numbers.items())
     out.print(f"[bold]Numbers:[/bold] {numbers}", highlight=False)
     for name, reason in leaving.kept_home:
         out.print(f"[bold]Stays home:[/bold] {name} ({reason})", highlight=False)
