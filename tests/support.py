@@ -37,7 +37,7 @@ class FixedClock:
 
 
 def until(
-    what: str, probe: Callable[[], T | None], patience: float = 20.0, every: float = 0.02
+    what: str, probe: Callable[[], T | None], patience: float = 90.0, every: float = 0.02
 ) -> T:
     """Ask `probe` again and again until it answers; fail with `what` when patience ends."""
     deadline = time.monotonic() + patience

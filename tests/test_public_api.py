@@ -34,5 +34,15 @@ def test_the_import_is_light(names: list[str]) -> None:
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     )
     loaded = {module.partition(".")[0] for module in done.stdout.split()}
-    assert not loaded & {"torch", "transformers", "peft", "grpc", "sqlalchemy", "typer", "rich"}
+    assert not loaded & {
+        "torch",
+        "transformers",
+        "peft",
+        "sklearn",
+        "pandas",
+        "grpc",
+        "sqlalchemy",
+        "typer",
+        "rich",
+    }
     assert names or "numpy" not in loaded

@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from coldmerge import __version__
 from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.wire.invitation import root_fingerprint
-from coldmerge.wire.version import PROTOCOL, client_version
+from coldmerge.wire.version import PROTOCOL
 from coldmerge_client import sent_log
 from coldmerge_client.enrol import renew, validity
 from coldmerge_client.home import Home, Membership
@@ -48,7 +49,7 @@ class Check:
 def examine(home: Home, *, timeout: float = 10.0, clock: Clock | None = None) -> Iterator[Check]:
     """Run all checks in order, each given as soon as it is known."""
     clock = clock or SystemClock()
-    yield Check("version", "ok", f"coldmerge {client_version()}, protocol {PROTOCOL}")
+    yield Check("version", "ok", f"coldmerge {__version__}, protocol {PROTOCOL}")
     yield _disk(home)
     yield _proxies()
     yield from _training_stack()

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from coldmerge.core.errors import DataError
+from coldmerge.core.progress import Progress, silent
 from coldmerge.demo import folders
 from coldmerge.demo.folders import Example, Task
-from coldmerge_client.progress import Progress, silent
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.probe import linear_probe
 from coldmerge_client.training.trainer import EvaluateJob, Predictions, Trained, TrainJob

@@ -179,10 +179,10 @@ Effect = FreezeInputs | Publish | Notify
 Outcome = tuple[RoundView, tuple[Effect, ...]]
 
 
-def open_view(id: str, model: str, policy: RoundPolicy, now: datetime) -> RoundView:  # noqa: A002
+def open_view(round_id: str, model: str, policy: RoundPolicy, now: datetime) -> RoundView:
     """A round that opens at `now`."""
     closes_at = None if policy.duration is None else now + policy.duration
-    return RoundView(id, model, State.OPEN, policy, opened_at=now, closes_at=closes_at)
+    return RoundView(round_id, model, State.OPEN, policy, opened_at=now, closes_at=closes_at)
 
 
 def transition(view: RoundView, event: Event, now: datetime) -> Outcome:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from coldmerge import __version__
 
 PROTOCOL = 1
 """Version of the wire contract this code speaks. The coordinator states its minimum."""
@@ -13,15 +12,6 @@ CLIENT_KEY = "coldmerge-client"
 ERROR_KEY = "coldmerge-error-bin"
 
 
-@cache
-def client_version() -> str:
-    """The installed version of coldmerge, or `unknown` outside an installation."""
-    try:
-        return version("coldmerge")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def call_metadata() -> tuple[tuple[str, str], ...]:
     """The metadata that every call carries."""
-    return ((PROTOCOL_KEY, str(PROTOCOL)), (CLIENT_KEY, client_version()))
+    return ((PROTOCOL_KEY, str(PROTOCOL)), (CLIENT_KEY, __version__))

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from coldmerge_client.progress import Progress, silent
+from coldmerge.core.progress import Progress, silent
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.trainer import EvaluateJob, Predictions, Trained, TrainJob
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from coldmerge_client.progress import Progress, silent
+from coldmerge.core.progress import Progress, silent
 from coldmerge_client.training import batches, data, models
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.huggingface import HuggingFaceTrainer, Prepared, predict_labels

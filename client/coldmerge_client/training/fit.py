@@ -13,8 +13,8 @@ import transformers
 
 from coldmerge.core.errors import DataError
 from coldmerge.core.files import fsync_path
+from coldmerge.core.progress import Progress
 from coldmerge_client.files import write_atomic
-from coldmerge_client.progress import Progress
 from coldmerge_client.training import models
 from coldmerge_client.training.config import TrainConfig
 

@@ -14,8 +14,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from coldmerge.core.progress import Progress, silent
 from coldmerge.evaluation import scores
-from coldmerge_client.progress import Progress, silent
 from coldmerge_client.training import heads, lora, models, trunk
 from coldmerge_client.training.batches import IGNORED, Collator, Features
 from coldmerge_client.training.config import TrainConfig

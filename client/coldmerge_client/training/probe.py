@@ -22,7 +22,7 @@ import transformers
 from numpy.typing import NDArray
 
 from coldmerge.core.errors import DataError
-from coldmerge_client.progress import Progress, silent
+from coldmerge.core.progress import Progress, silent
 from coldmerge_client.training import batches, models, trunk
 from coldmerge_client.training.batches import Features
 from coldmerge_client.training.trainer import EvaluateJob

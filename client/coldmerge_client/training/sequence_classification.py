@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from coldmerge_client.progress import Progress, silent
+from coldmerge.core.progress import Progress, silent
 from coldmerge_client.training import batches, data, heads, models, pooled, probe
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.huggingface import HuggingFaceTrainer, Prepared

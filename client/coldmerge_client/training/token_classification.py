@@ -12,7 +12,7 @@ import transformers
 from numpy.typing import NDArray
 
 from coldmerge.core.errors import CheckpointError
-from coldmerge_client.progress import Progress, silent
+from coldmerge.core.progress import Progress, silent
 from coldmerge_client.training import batches, data, heads, models, probe
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.huggingface import HuggingFaceTrainer, Prepared

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldmerge.core.errors import ConfigError
-from coldmerge_client.progress import Progress, silent
+from coldmerge.core.progress import Progress, silent
 from coldmerge_client.training.config import TrainConfig
 
 BUILTIN = {
@@ -149,6 +148,3 @@ def _module(name: str) -> ModuleType:
 _TRAINING_EXTRA = frozenset(
     {"accelerate", "datasets", "peft", "pyarrow", "sklearn", "torch", "transformers"}
 )
-
-Create = Callable[[TrainConfig], Trainer]
-"""The type of the function behind `module:function`."""

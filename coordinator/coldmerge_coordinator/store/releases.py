@@ -244,7 +244,7 @@ def publish(
     *,
     recipe: Recipe,
     parents: Sequence[str] = (),
-    round: str | None = None,  # noqa: A002 - the noun
+    round_id: str | None = None,
     contributions: Sequence[str] = (),
     flags: Sequence[str] = (),
 ) -> Release:
@@ -267,7 +267,7 @@ def publish(
         master_digest=master_digest,
         previous_record=None if previous is None else get_record(previous).digest(),
         parents=tuple(parents),
-        round=round,
+        round=round_id,
         recipe=recipe,
         contributions=tuple(sorted(contributions)),
         flags=tuple(sorted(flags)),

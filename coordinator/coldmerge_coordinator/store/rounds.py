@@ -252,7 +252,7 @@ def _publish(
         now,
         recipe=recipe(get_policy(row)),
         parents=(row.base_digest,),
-        round=row.id,
+        round_id=row.id,
         contributions=tuple(row.sealed_inputs or ()),
         flags=flags,
     )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -15,12 +14,7 @@ import transformers
 
 from coldmerge_client.training import TrainConfig, TrainJob
 from coldmerge_client.training.models import quiet
-
-FRUIT = ("apple", "banana", "cherry", "grape")
-METAL = ("iron", "copper", "zinc", "silver")
-FILLER = ("a", "the", "some", "more", "of", "and", "with", "very")
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>")
-VOCABULARY = {word: place for place, word in enumerate([*SPECIAL, *FRUIT, *METAL, *FILLER])}
+from tests.tiny import VOCABULARY, make_tokenizer, sentences, write_bert
 
 
 @pytest.fixture(autouse=True)
@@ -34,21 +28,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release whose tensors have no model prefix, as encoders are published."""
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    model = tokenizers.models.WordPiece(VOCABULARY, unk_token="[UNK]")
-    with quiet():
-        transformers.BertModel(config).save_pretrained(folder)
-    _tokenizer(model, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1").save_pretrained(folder)
-    return folder
+    return write_bert(tmp_path_factory.mktemp("bert"), layers=3)
 
 
 @pytest.fixture(scope="session")
@@ -69,21 +49,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tokenizers.models.WordLevel(VOCABULARY, unk_token="[UNK]")
     with quiet():
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    _tokenizer(model, "$A", None, eos_token="</s>").save_pretrained(folder)
+    make_tokenizer(model, "$A", None, eos_token="</s>").save_pretrained(folder)
     return folder
-
-
-def _tokenizer(model: Any, single: str, pair: str | None, **special: str) -> Any:
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=[(word, VOCABULARY[word]) for word in SPECIAL]
-    )
-    if not special:
-        special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="[UNK]", **special
-    )
 
 
 Rows = Sequence[dict[str, Any]]
@@ -93,17 +60,6 @@ def write_jsonl(path: Path, rows: Rows) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def sentences(count: int, seed: int) -> list[dict[str, Any]]:
-    draw = np.random.default_rng(seed)
-    rows = []
-    for number in range(count):
-        words = [str(word) for word in draw.choice(FILLER, draw.integers(2, 9))]
-        telling = draw.choice(FRUIT if number % 2 else METAL)
-        words.insert(int(draw.integers(len(words) + 1)), str(telling))
-        rows.append({"text": " ".join(words), "label": "fruit" if number % 2 else "metal"})
-    return rows
 
 
 @pytest.fixture
