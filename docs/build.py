@@ -89,7 +89,7 @@ def errors_page() -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("*", "\\*").replace("<", "&lt;")
+    return " ".join(text.split()).replace("*", "\\*").replace("<", "&lt;")
 
 
 def cli_page() -> str:

@@ -101,3 +101,14 @@ def test_every_promise_names_tests_that_exist() -> None:
     named = re.findall(r"`(tests/[\w/.]+)`", page)
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_page_that_a_hint_names_exists() -> None:
+    sources = (
+        path
+        for part in ("coldmerge", "coordinator", "client")
+        for path in (ROOT / part).rglob("*.py")
+    )
+    named = {page for path in sources for page in re.findall(r"docs/[\w/]+\.md", path.read_text())}
+    assert named
+    assert [page for page in sorted(named) if not (ROOT / page).is_file()] == []
