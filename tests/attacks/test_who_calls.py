@@ -23,6 +23,7 @@ from coldmerge.wire.version import PROTOCOL_KEY
 from coldmerge_coordinator import identity
 from coldmerge_coordinator.identity import Authority
 from coldmerge_coordinator.service import admin
+from coldmerge_coordinator.store import contributions, rounds
 from coldmerge_coordinator.store.models import Contribution, Machine, Upload
 from tests.harness import MODEL, Keys, Live, MachineClient, chunk, deltas
 from tests.support import until
@@ -140,6 +141,20 @@ def test_revocation_holds_from_the_next_call_on(live: Live) -> None:
         call(org.models.ListModels, LIST)
     assert caught.value.code == "auth.revoked"
     call(other.models.ListModels, LIST)
+
+
+def test_a_revoked_contribution_is_not_merged(live: Live) -> None:
+    round_ = live.open_round()
+    live.machine("a").contribute(round_, deltas(1))
+    _revoke(live, "a")
+    assert list(live.store.contributions.iterdir()) == []
+    for index, name in enumerate("bc"):
+        live.machine(name).contribute(round_, deltas(index))
+    with live.store.database.read() as session:
+        sealed = rounds.get(session, round_.id)
+        assert sealed.state == "SEALED"
+        merged = {row.contributor for row in contributions.sealed(session, sealed)}
+    assert merged == {"b", "c"}
 
 
 def test_one_machine_can_be_revoked_alone(live: Live) -> None:

@@ -17,7 +17,7 @@ from coldmerge.rounds.policy import parse_template
 from coldmerge.rounds.state import Event
 from coldmerge.wire.invitation import token_digest
 from coldmerge_coordinator.auth import ROLES
-from coldmerge_coordinator.store import Store, releases, rounds
+from coldmerge_coordinator.store import Store, contributions, releases, rounds
 from coldmerge_coordinator.store.models import Contributor, Invitation, Machine, Release, Round
 
 SHORTEST_TTL = timedelta(seconds=1)
@@ -114,7 +114,10 @@ def list_contributors(session: Session) -> list[Contributor]:
 
 
 def revoke(store: Store, contributor: str, machine: str, reason: str, now: datetime) -> Contributor:
-    """Shut an organization, or one machine, out, and void its open invitations.
+    """Shut an organization, or one machine, out.
+
+    With the organization go its open invitations and its contribution to a round that
+    is still OPEN; what was sealed is merged, unless the admin abandons that round.
 
     Raises:
         NotFoundError: no such organization or machine.
@@ -139,7 +142,22 @@ def revoke(store: Store, contributor: str, machine: str, reason: str, now: datet
         )
         for invitation in session.scalars(open_invitations):
             invitation.expires_at = min(invitation.expires_at, now)
-        return row
+        taken = _take_back(session, store, contributor, now)
+    for payload in taken:
+        (store.contributions / payload).unlink(missing_ok=True)
+    return row
+
+
+def _take_back(session: Session, store: Store, contributor: str, now: datetime) -> list[str]:
+    taken = []
+    for round_ in rounds.active_rounds(session):
+        found = contributions.admitted_of(session, round_.id, contributor)
+        if found is not None and round_.state == state.State.OPEN:
+            found.state = contributions.WITHDRAWN
+            session.flush()
+            rounds.apply(session, round_, state.Withdrawn(), now, store.signer)
+            taken.append(found.payload)
+    return taken
 
 
 def open_round(store: Store, model: str, policy_json: str, now: datetime) -> Round:
