@@ -49,8 +49,8 @@ def demo_page(result: DemoResult) -> Page:
             Code(
                 "What was run",
                 "The same commands start a federation across machines."
-                + (f" Next: {result.next_command}" if result.next_command else ""),
-                list(result.commands[:MAX_COMMANDS]),
+                + (f" Next here: {result.next_command}" if result.next_command else ""),
+                [c.removesuffix(" --format json") for c in result.commands[:MAX_COMMANDS]],
             ),
         ],
         footer="Accuracy is that of a linear probe on frozen features, refitted for every release "

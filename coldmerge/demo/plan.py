@@ -129,11 +129,11 @@ def make_plan(options: Options, seed: int, folder: Path, tell: Callable[[str], N
     training = {
         "trainer": "sequence-classification",
         "pooling": "mean",
-        "epochs": 1,
+        "epochs": 2,
         "lr": 3e-4,
         "batch_size": 16,
         "max_length": 40,
-        "max_examples": 600,
+        "max_examples": 400,
         "freeze": _all_but_the_top(model),
         "threads": 1,
         "bf16": False,

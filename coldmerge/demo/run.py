@@ -134,7 +134,8 @@ class _Demo:
             stage = Stage(self.folder, plan, processes, self.tell)
             open_.callback(stage.close)
             rows = self._rounds(stage, scorer)
-        return plan, Run(self.seed, tuple(rows), time.monotonic() - started), processes.commands
+        typed = [command.replace(f"{self.folder}/", "") for command in processes.commands]
+        return plan, Run(self.seed, tuple(rows), time.monotonic() - started), typed
 
     def _rounds(self, stage: Stage, scorer: _Scorer) -> list[Row]:
         """Open round after round; each release is measured while organizations go on."""

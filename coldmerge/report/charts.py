@@ -50,8 +50,17 @@ class Ancestor:
 
 def accuracy_curves(points: Sequence[CurvePoint], spread_over: str) -> Spec:
     """Accuracy by release, seen and unseen, with a band of one standard deviation."""
+    highest = {
+        release: max(point.mean for point in points if point.release == release)
+        for release in {point.release for point in points}
+    }
     rows = [
-        {**asdict(point), "low": point.mean - point.spread, "high": point.mean + point.spread}
+        {
+            **asdict(point),
+            "low": point.mean - point.spread,
+            "high": point.mean + point.spread,
+            "above": point.mean == highest[point.release],
+        }
         for point in points
     ]
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -70,12 +79,11 @@ def accuracy_curves(points: Sequence[CurvePoint], spread_over: str) -> Spec:
             alt.Tooltip("spread:Q", title=f"deviation over {spread_over}", format=".1f"),
         ],
     )
-    upper = max(points, key=lambda point: point.mean).group if points else ""
     numbers = [
-        base.transform_filter(f"datum.group {sign} '{upper}'")
+        base.transform_filter(which)
         .mark_text(dy=shift, fontWeight=600)
         .encode(y=mean, text=alt.Text("mean:Q", format=".1f"))
-        for sign, shift in (("==", -14), ("!=", 16))
+        for which, shift in (("datum.above", -14), ("!datum.above", 16))
     ]
     last = max((point.release for point in points), default=0)
     names = (
