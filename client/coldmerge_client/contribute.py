@@ -210,14 +210,14 @@ class _Loop:
         """Report on a candidate, once."""
         if not self._contributed(round_) or round_.state != _State.CANDIDATE:
             return
-        if round_.min_evaluators == 0 or self._judged() == round_.candidate_digest:
+        if round_.min_evaluators == 0 or self._judged() == round_.id:
             return
         self._tell("evaluating", "Judging the candidate on our own data", round_)
         scores = evaluate(self.session, round_, self.terms.config, progress=self.terms.progress)
         if self._may_leave(round_, scores):
             self._report(round_, scores)
         with self.session.home.state() as state:
-            state.setdefault("judged", {})[self.model] = round_.candidate_digest
+            state.setdefault("judged", {})[self.model] = round_.id
         self.last = None
 
     def _may_leave(self, round_: common_pb2.Round, scores: PairedScores) -> bool:
@@ -242,6 +242,7 @@ class _Loop:
             self._tell("evaluated", f"Accuracy {change:+.1f} points on {scores.n} items", round_)
 
     def _judged(self) -> str | None:
+        """The last round we judged. Two rounds on one release may make the same candidate."""
         with self.session.home.state() as state:
             found: str | None = state.get("judged", {}).get(self.model)
         return found

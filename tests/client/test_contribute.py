@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,26 @@ def test_scores_leave_only_when_a_person_agrees(coordinator: Coordinator, member
     coordinator.admin("AbandonRound", admin_pb2.RoundAction(round=opened.id, reason="nobody"))
     thread.join(40)
     assert a.error is None
+
+
+def judged(member: Any, times: int) -> bool:
+    found: list[str] = member.kinds()
+    return found.count("evaluated") == times
+
+
+def test_the_same_candidate_in_the_next_round_is_judged_again(
+    coordinator: Coordinator, members: Any
+) -> None:
+    """A round that ends without a release leaves base, fine-tune and so the candidate alike."""
+    a = members("org-a", 1, rounds=2)
+    thread = a.start()
+    for count in (1, 2):
+        opened = coordinator.open_round(min_contributions=1, gate={"min_evaluators": 2})
+        until("the evaluation", partial(judged, a, count), 40)
+        coordinator.admin("AbandonRound", admin_pb2.RoundAction(round=opened.id))
+    thread.join(40)
+    assert a.error is None
+    assert len({found.candidate_digest for found in a.ended}) == 1
 
 
 def test_a_loop_started_again_does_nothing_twice(
