@@ -179,8 +179,7 @@ def push(
             elif dry_run:
                 _print_leaving(describe(entry), fmt, sent=False)
                 return
-        approve = _ask if require_approval or policy.require_approval else None
-        if approve is not None and not entry.approved and approve(describe(entry)):
+        if policy.require_approval and not entry.approved and _ask(describe(entry)):
             entry = Outbox(session.home).mark(entry, approved=True)
         with bars(fmt) as progress:
             entry = send(session, entry, policy=policy, progress=progress)
