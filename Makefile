@@ -11,10 +11,10 @@ demo: .venv  ## the whole loop on this machine: DEMO="--rounds 2" passes options
 	$(BIN)/coldmerge demo $(DEMO)
 
 test: .venv lint  ## lint, types, floors, and every test that is not marked slow
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TEST)
 
 test-all: .venv lint  ## the same, with the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST)
 
 lint: .venv  ## ruff, mypy --strict, import floors
 	$(BIN)/ruff check .
