@@ -18,7 +18,8 @@ from coldmerge_client.training.trainer import Trained, TrainJob, load_trainer
 def train(home: Home, base: Pulled, config: TrainConfig, *, progress: Progress = silent) -> Trained:
     """Fine-tune `base` by `config`; the same again answers at once, an interrupted one resumes.
 
-    The private head is kept in the home folder and starts the next training.
+    The private head is kept in the home folder and starts the next training. Each release
+    is trained from with a seed of its own, so that `max_examples` draws afresh.
 
     Raises:
         ConflictError: another process trains this model.
@@ -33,7 +34,7 @@ def train(home: Home, base: Pulled, config: TrainConfig, *, progress: Progress =
                 out=_folder(home, base) / "run",
                 head=head if head.exists() else None,
                 config=config,
-                seed=config.seed,
+                seed=config.seed + (base.number or 0),
                 private=base.private,
                 digest=base.digest,
                 cache=home.cache / "features",

@@ -138,7 +138,7 @@ def make_plan(options: Options, seed: int, folder: Path, tell: Callable[[str], N
         "threads": 1,
         "bf16": False,
         "checkpoint_minutes": None,
-        "evaluate": {"after_training": False},
+        "evaluate": {"after_training": False, "max_examples": 240},
     }
     config = TrainConfig.parse({**training, "data": str(folder)})
     bench = Bench(seen, unseen, text_features(config, folder / "features"), seed=seed)
