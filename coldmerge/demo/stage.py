@@ -30,7 +30,7 @@ from coldmerge.wire.v1 import (
 )
 
 START_SECONDS = 120.0
-ROUND_SECONDS = 1800.0
+ROUND_SECONDS = 7200.0
 POLL_SECONDS = 0.25
 CONTRIBUTOR_NICENESS = 5
 ENDED = frozenset(
@@ -54,7 +54,7 @@ def round_policy(organizations: int) -> dict[str, Any]:
             "min_mean_gain": -1.0,
             "max_loss": 6.0,
             "max_vetoes": max(1, organizations // 4),
-            "window": "20m",
+            "window": "2h",
             "on_timeout": "reject",
         },
     }
@@ -62,6 +62,8 @@ def round_policy(organizations: int) -> dict[str, Any]:
 
 class Stage:
     """A federation in `folder`. Enter `processes` first: it ends what is started here."""
+
+    policy = staticmethod(round_policy)
 
     def __init__(self, folder: Path, plan: Plan, processes: Processes, tell: Tell) -> None:
         self.folder = folder
@@ -93,7 +95,7 @@ class Stage:
         serving = self.processes.start("coordinator", "coordinator", "serve", self.hub)
         self._watched.append(serving)
         template = self.folder / "round.yaml"
-        template.write_text(yaml.safe_dump(round_policy(len(self.plan.seen)), sort_keys=False))
+        template.write_text(yaml.safe_dump(self.policy(len(self.plan.seen)), sort_keys=False))
         adding = ("--from", self.plan.model, "--template", template, "--dir", self.hub)
         self.processes.answer(
             "model", "model", "add", self.plan.name, *adding, "--private", "classifier.*"
@@ -190,6 +192,8 @@ class Stage:
     def candidate(self, digest: str) -> Path | None:
         """A rejected candidate, as an organization pulled it to judge it."""
         out = self.folder / "rejected" / digest[:12]
+        if out.is_dir():
+            return out
         for task in self.plan.seen:
             found = self.home(task.name) / "candidates" / self.plan.name / digest
             if found.is_dir():

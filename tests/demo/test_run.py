@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from coldmerge.core.errors import UnavailableError
+from coldmerge.core.errors import ResourceError, UnavailableError
+from coldmerge.demo import stage
 from coldmerge.demo.plan import Options, Plan
 from coldmerge.demo.run import run
 
@@ -84,6 +86,33 @@ def test_the_log_of_a_process_that_fails_is_shown(
     assert caught.value.code == "demo.process_failed"
     assert "nothing_of_this_name" in caught.value.message
     assert processes_of(kept) == []
+
+
+def test_a_gate_that_rejects_leaves_the_release_and_measures_the_candidate(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strict(organizations: int) -> dict[str, Any]:
+        policy = stage.round_policy(organizations)
+        return {**policy, "gate": {**policy["gate"], "min_mean_gain": 99.0}}
+
+    monkeypatch.setattr(stage.Stage, "policy", staticmethod(strict))
+    found = run(Options(tiny=True, rounds=2, keep=kept)).as_json()
+    first, *rejected = found["releases"]
+    assert [row["state"] for row in rejected] == ["REJECTED", "REJECTED"]
+    assert [row["number"] for row in rejected] == [1, 1]
+    assert all(row["contributions"] == 3 and row["bytes_shipped"] > 0 for row in rejected)
+    assert all(row["seen"] is not None and "gain" in row["reason"] for row in rejected)
+    assert found["gains"]["seen"]["mean"] == 0.0
+    assert first["digest"] not in {row["digest"] for row in rejected}
+
+
+def test_a_small_disk_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(9, 8, 1))
+    with pytest.raises(ResourceError) as caught:
+        run(Options(tiny=True, report=tmp_path / "report.html"))
+    assert caught.value.code == "demo.disk_too_small"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
