@@ -149,7 +149,7 @@ def make_plan(options: Options, seed: int, folder: Path, tell: Callable[[str], N
         "max_examples": 400,
         "freeze": _all_but_the_top(model),
         "threads": 1,
-        "bf16": False,
+        "bf16": "auto",
         "checkpoint_minutes": None,
         "evaluate": {"after_training": False, "max_examples": 240},
     }
