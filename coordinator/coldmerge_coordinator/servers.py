@@ -151,8 +151,12 @@ class Servers:
     def _listen_locally(self, server: Any) -> None:
         path = Path(self.socket.absolute())
         if len(str(path)) > LONGEST_SOCKET_PATH:
-            raise _cannot_listen(
-                str(path), f"a socket's path may have {LONGEST_SOCKET_PATH} characters"
+            raise ConfigError(
+                "serve.path_too_long",
+                "The path of the admin's socket is too long for a Unix socket.",
+                expected=f"at most {LONGEST_SOCKET_PATH} characters",
+                got=f"{len(str(path))}: {path}",
+                hint="Move the coordinator's folder to a shorter path; all of it is inside.",
             )
         path.unlink(missing_ok=True)
         try:
