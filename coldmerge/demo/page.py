@@ -54,8 +54,8 @@ def demo_page(result: DemoResult) -> Page:
             ),
         ],
         footer="Accuracy is that of a linear probe on frozen features, refitted for every release "
-        "on the same few examples (100; 10 in the tiny demo), drawn several times. Gains on "
-        "tasks that nobody trained on are small and peak early.",
+        "on the same few examples (100; 10 in the tiny demo), drawn several times. On tasks that "
+        "nobody trained on, gains are small, may be none, and peak early.",
     )
 
 

@@ -32,7 +32,7 @@ from coldmerge.wire.v1 import (
 START_SECONDS = 120.0
 ROUND_SECONDS = 7200.0
 POLL_SECONDS = 0.25
-CONTRIBUTOR_NICENESS = 5
+CONTRIBUTOR_NICENESS = 10
 ENDED = frozenset(
     {common_pb2.Round.PUBLISHED, common_pb2.Round.REJECTED, common_pb2.Round.ABANDONED}
 )
