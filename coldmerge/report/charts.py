@@ -100,7 +100,12 @@ def task_gains(gains: Sequence[TaskGain]) -> Spec:
     rows = [{**asdict(item), "label": f"{round(item.gain, 1) + 0:+.1f}"} for item in ordered]
     base = alt.Chart(alt.Data(values=rows)).encode(
         y=alt.Y("task:N", sort=[item.task for item in ordered], title=None),
-        x=alt.X("gain:Q", title="gain, points", scale=alt.Scale(padding=40, nice=False)),
+        x=alt.X(
+            "gain:Q",
+            title="gain, points",
+            axis=alt.Axis(tickCount=8),
+            scale=alt.Scale(padding=40, nice=False),
+        ),
     )
     tips = [
         alt.Tooltip("task:N"),
