@@ -102,7 +102,7 @@ def _root(library: Library) -> Path:
     found = importlib.util.find_spec(library.package)
     if found is None or found.origin is None:
         raise DataError(
-            "demo.library_missing",
+            "demo.not_installed",
             f"The library {library.name}, whose documentation is a task, is not installed.",
             hint="Install the demo's libraries: pip install 'coldmerge[demo]'.",
         )

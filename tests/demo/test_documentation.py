@@ -86,4 +86,4 @@ def test_unknown_and_missing_libraries(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(LIBRARIES, "absent", Library("absent", "no_such_package_here", ()))
     with pytest.raises(DataError) as caught:
         task(name)
-    assert caught.value.code in {"demo.unknown_library", "demo.library_missing"}
+    assert caught.value.code in {"demo.unknown_library", "demo.not_installed"}
