@@ -1,0 +1,181 @@
+"""The exact k-th largest magnitude of values that are read a block at a time.
+
+A sample brackets the threshold, one pass counts what lies above the bracket and collects
+what lies inside, and the few that were collected are partitioned. Where the sample misled
+(clustered values, or thousands of equal ones) two passes of counting over the bits of the
+floats give the same number, more slowly.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from math import ceil, floor, sqrt
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from coldmerge.core.dtypes import Floats32, blocks
+
+Read = Callable[[int, int], Floats32]
+"""Elements [start, stop) as float32, shape (stop - start,)."""
+
+STEP = 2**16
+WHOLE = 2**18
+RUN = 512
+MOST_SAMPLED = 2**20
+MOST_COLLECTED = 2**22
+DEVIATIONS = 5.0
+"""Half the bracket's width in standard errors: it misses about once in a million tensors."""
+
+
+def kept(density: float, size: int) -> int:
+    """How many of `size` elements a density in (0, 1] keeps: at least one."""
+    return max(1, int(density * size))
+
+
+@overload
+def kth_magnitude(read: Read, size: int, k: int, block: int = ...) -> np.float32: ...
+
+
+@overload
+def kth_magnitude(
+    read: Read, size: int, k: Sequence[int], block: int = ...
+) -> tuple[np.float32, ...]: ...
+
+
+def kth_magnitude(
+    read: Read, size: int, k: int | Sequence[int], block: int = STEP
+) -> np.float32 | tuple[np.float32, ...]:
+    """The k-th largest |x| of `size` finite elements; for several k, as many in one pass.
+
+    1 <= k <= size. Exact: equal to `np.partition(np.abs(x), size - k)[size - k]`. Holds at
+    most `block` elements, a sample and what the bracket collects: some megabytes whatever
+    the size. `read` is asked for parts of the sample first, then for everything in order.
+    """
+    ranks = tuple(k) if isinstance(k, Sequence) else (int(k),)
+    if size <= WHOLE:
+        found = _partition(np.concatenate([read(*at) for at in blocks(size, block)]), ranks)
+    else:
+        found = _bracketed(read, size, ranks, block) or _counted(read, size, ranks, block)
+    return found if isinstance(k, Sequence) else found[0]
+
+
+def concatenate(parts: Sequence[tuple[Read, int]]) -> tuple[Read, int]:
+    """Readers with their sizes as one reader of all their elements, end to end, and its size."""
+    ends = list(accumulate(size for _, size in parts))
+
+    def read(start: int, stop: int) -> Floats32:
+        out = np.empty(stop - start, np.float32)
+        at = start
+        while at < stop:
+            number = bisect_right(ends, at)
+            first = ends[number] - parts[number][1]
+            end = min(stop, ends[number])
+            out[at - start : end - start] = parts[number][0](at - first, end - first)
+            at = end
+        return out
+
+    return read, ends[-1] if ends else 0
+
+
+def _partition(values: Floats32, ranks: Sequence[int]) -> tuple[np.float32, ...]:
+    values = np.abs(values)
+    places = [len(values) - rank for rank in ranks]
+    values.partition(places)
+    return tuple(values[place] for place in places)
+
+
+def _bracketed(
+    read: Read, size: int, ranks: Sequence[int], block: int
+) -> tuple[np.float32, ...] | None:
+    """By a bracket from a sample; None where it does not hold the threshold."""
+    sample = _sample(read, size)
+    brackets = [_bracket(sample, rank / size) for rank in ranks]
+    above = [0] * len(ranks)
+    inside: list[list[Floats32]] = [[] for _ in ranks]
+    collected = 0
+    room = np.empty(block, np.float32)
+    masks = np.empty((2, block), np.bool_)
+    for start, stop in blocks(size, block):
+        values = np.abs(read(start, stop), out=room[: stop - start])
+        over, within = masks[:, : stop - start]
+        for number, (low, high) in enumerate(brackets):
+            np.greater(values, low, out=over)
+            above[number] += int(np.count_nonzero(over))
+            np.less(values, high, out=within)
+            within &= over
+            inside[number].append(values[within])
+            collected += len(inside[number][-1])
+        if collected > MOST_COLLECTED:
+            return None
+    found = []
+    for rank, (low, _), total, parts in zip(ranks, brackets, above, inside, strict=True):
+        held = np.concatenate(parts)
+        place = rank - (total - len(held))
+        if rank > total and low == 0:
+            found.append(np.float32(0))
+        elif 1 <= place <= len(held):
+            found += _partition(held, [place])
+        else:
+            return None
+    return tuple(found)
+
+
+def _sample(read: Read, size: int) -> Floats32:
+    """Magnitudes of runs spread over everything, shape (runs, RUN), always the same ones."""
+    runs = min(ceil(2 * size ** (2 / 3)), MOST_SAMPLED, size) // RUN
+    stride = size / runs
+    found = np.empty((runs, RUN), np.float32)
+    for number in range(runs):
+        # The golden ratio spreads the runs evenly without ever being in step with the rows.
+        start = int(number * stride + (number * 0.6180339887 % 1) * (stride - RUN))
+        np.abs(read(start, start + RUN), out=found[number])
+    return found
+
+
+def _bracket(sample: Floats32, share: float) -> tuple[np.float32, np.float32]:
+    """Bounds, both exclusive, of the magnitude that a `share` of all elements reach."""
+    falling = np.sort(sample, axis=None)[::-1]
+    count = len(falling)
+    guess = falling[min(int(share * count), count - 1)]
+    # Elements of a run resemble each other: the error is that of a mean over runs.
+    spread = float((sample >= guess).mean(axis=1).std()) / sqrt(len(sample))
+    margin = count * max(DEVIATIONS * spread, 4 / count)
+    first, last = floor(share * count - margin), ceil(share * count + margin)
+    low, high = falling[min(last, count - 1)], np.float32(np.inf)
+    if first >= 0:
+        high = np.nextafter(falling[first], high)
+    if low > 0:
+        low = np.nextafter(low, np.float32(0)) if last < count else np.float32(-1)
+    return low, high
+
+
+def _counted(read: Read, size: int, ranks: Sequence[int], block: int) -> tuple[np.float32, ...]:
+    """By counting the upper, then the lower 16 bits: magnitudes sort as their bits do."""
+    upper = np.zeros(2**16, np.int64)
+    for start, stop in blocks(size, block):
+        upper += np.bincount(_bits(read(start, stop)) >> 16, minlength=2**16)
+    places = [_locate(upper, rank) for rank in ranks]
+    lower = {prefix: np.zeros(2**16, np.int64) for prefix, _ in places}
+    for start, stop in blocks(size, block):
+        bits = _bits(read(start, stop))
+        for prefix, counts in lower.items():
+            same = bits[bits >> 16 == prefix]
+            counts += np.bincount(same & 0xFFFF, minlength=2**16)
+    found = [prefix << 16 | _locate(lower[prefix], rank)[0] for prefix, rank in places]
+    return tuple(np.array(found, np.uint32).view(np.float32))
+
+
+def _bits(values: Floats32) -> npt.NDArray[np.uint32]:
+    return np.abs(values).view(np.uint32)
+
+
+def _locate(counts: npt.NDArray[np.int64], rank: int) -> tuple[int, int]:
+    """The bin that holds the rank-th from above, and its rank within that bin."""
+    falling = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(falling, rank))
+    before = int(falling[place - 1]) if place else 0
+    return len(counts) - 1 - place, rank - before
