@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -12,9 +14,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from coldmerge.core.dtypes import NUMPY, as_bytes, nbytes
+from coldmerge.core.dtypes import NUMPY, as_bytes, blocks, nbytes
 from coldmerge.core.errors import CheckpointError, ConflictError
-from coldmerge.core.files import fsync_path, preallocate, raise_if_full, write_all
+from coldmerge.core.files import CHUNK_BYTES, fsync_path, preallocate, raise_if_full, write_all
 from coldmerge.core.header import Described, TensorSpec, layout, render_header
 
 SINGLE = "model.safetensors"
@@ -36,6 +38,7 @@ class CheckpointWriter:
         self._fds: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}
         self._written: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -85,7 +88,7 @@ class CheckpointWriter:
     def _create(self, file: str, shard: Sequence[Described]) -> None:
         specs = layout(sorted(shard, key=lambda e: (-NUMPY[e.dtype].itemsize, e.name)))
         header = render_header(specs, {"format": "pt"})
-        fd = os.open(self._partial / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        fd = os.open(self._partial / file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         self._fds[file] = fd
         preallocate(fd, len(header) + (specs[-1].stop if specs else 0))
         write_all(fd, header, 0)
@@ -101,20 +104,45 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the tensor was not declared, or would become too long.
         """
+        self.write_at(name, self._written.get(name, 0), block)
+
+    def write_at(
+        self,
+        name: str,
+        at: int,
+        block: bytes | bytearray | memoryview | npt.NDArray[np.generic],
+    ) -> None:
+        """Write at byte `at` of a declared tensor, from any thread; each byte once.
+
+        Raises:
+            CheckpointError: the tensor was not declared, or would become too long.
+        """
         view = as_bytes(block) if isinstance(block, np.ndarray) else memoryview(block).cast("B")
         place = self._places.get(name)
-        if place is None or self._written[name] + len(view) > place[2].nbytes:
+        if place is None or at + len(view) > place[2].nbytes:
             raise CheckpointError(
                 "checkpoint.undeclared_bytes",
                 f"More bytes were written for tensor {name} than declared.",
                 expected="no such tensor" if place is None else f"{place[2].nbytes} bytes",
-                got=f"{self._written.get(name, 0) + len(view)} bytes",
+                got=f"{at + len(view)} bytes",
                 hint="Declare every tensor with its type and shape before writing.",
                 folder=self.folder,
             )
         file, offset, _ = place
-        write_all(self._fds[file], view, offset + self._written[name])
-        self._written[name] += len(view)
+        write_all(self._fds[file], view, offset + at)
+        with self._lock:
+            self._written[name] += len(view)
+
+    def digest(self, name: str) -> str:
+        """sha256 (hexadecimal) of what was written of a tensor, read back from the file."""
+        file, offset, spec = self._places[name]
+        found = hashlib.sha256()
+        buffer = bytearray(min(CHUNK_BYTES, spec.nbytes))
+        for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
+            view = memoryview(buffer)[: stop - start]
+            os.preadv(self._fds[file], [view], offset + start)
+            found.update(view)
+        return found.hexdigest()
 
     def write_file(self, relative: str | Path, data: bytes) -> None:
         """Add a file beside the weights.

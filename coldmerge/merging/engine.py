@@ -1,151 +1,222 @@
-"""The merge engine: blocks of task vectors through a merger, in the order of their keys.
+"""The merge engine: a recipe over blocks of task vectors, on all processors, in little memory.
 
-Memory is O(block), whatever the number of inputs. The order is that of the sorted keys
-(manifest digests) and sums are float64, so the same inputs give the same bytes.
+Memory is O(threads × block × inputs), whatever the size of the model; a merger that needs
+whole tensors gets as many at a time as fit where its largest one must fit anyway. The order
+of the inputs is that of their keys and no value depends on which thread made it, so the
+same inputs give the same bytes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
 
-from coldmerge.core.algebra import Delta, check_fits, common_base, rewrite, round_once
-from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.dtypes import BLOCK, Floats32, Floats64, blocks
+import numpy as np
+
+from coldmerge.core.algebra import round_once
+from coldmerge.core.dtypes import Floats32, Floats64, blocks, size
 from coldmerge.core.errors import ConfigError
-from coldmerge.core.progress import Advance
+from coldmerge.merging.block import Block, View
+from coldmerge.merging.merger import Cut, Merger, Scope, Space
+from coldmerge.merging.pool import Pool
+from coldmerge.merging.recipe import Recipe, Setting
+from coldmerge.merging.sources import Input, Source
+
+BLOCK = 2**16
+"""Elements of a block: with its sources it fits the second-level cache of a processor."""
+
+UNIT = 4
+"""Blocks that a thread takes at a time."""
 
 
-class Source(Protocol):
-    """Anything that gives float32 blocks of named tensors: a checkpoint, a task vector."""
+class Job:
+    """One merge: a base, its inputs, and a recipe. It computes; writing is for others.
 
-    def block(self, name: str, start: int, stop: int) -> Floats32:
-        """Elements [start, stop) of the flattened tensor, float32, shape (stop - start,)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Input:
-    """One contribution to a merge: `key` (the manifest digest) fixes its place in the order."""
-
-    key: str
-    source: Delta
-    weight: float = 1.0
-
-
-class Merger(Protocol):
-    """A merge method: folds the deltas of one block, one after the other."""
-
-    @property
-    def name(self) -> str:
-        """The name in round policies and recipes."""
-        ...
-
-    def init(self, n: int) -> Any:
-        """Fresh state for a block of `n` elements."""
-        ...
-
-    def fold(self, state: Any, tau: Floats32, weight: float) -> None:
-        """Take in one delta, shape (n,). Inputs that do not touch the tensor are not folded."""
-        ...
-
-    def finish(self, state: Any, total_weight: float) -> Floats64:
-        """The merged delta, shape (n,). `total_weight` is over all inputs."""
-        ...
-
-
-def in_order(inputs: Sequence[Input]) -> tuple[list[Input], float]:
-    """The inputs sorted by key, and the sum of their weights.
+    `shapes` are those of the base's float tensors.
 
     Raises:
-        ConfigError: no input, one key twice, or a weight that is not positive and finite.
+        ConfigError: no input, or one key twice.
+    """
+
+    def __init__(
+        self,
+        base: Source,
+        shapes: Mapping[str, tuple[int, ...]],
+        inputs: Sequence[Input],
+        recipe: Recipe,
+        block: int = BLOCK,
+    ) -> None:
+        self.base, self._shapes, self._recipe = base, shapes, recipe
+        self.inputs = in_order(inputs)
+        self._block = block
+        self._global_facts: dict[Merger, Any] = {}
+        self._room = _Room()
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that an input changes, sorted: all others stay as they are."""
+        touched = frozenset[str]().union(*(item.source.names for item in self.inputs))
+        return tuple(sorted(touched))
+
+    def setting(self, name: str) -> Setting:
+        """How tensor `name` is merged."""
+        return self._recipe.setting(name)
+
+    def size(self, name: str) -> int:
+        """Number of elements of tensor `name`."""
+        return size(self._shapes[name])
+
+    def cuts(self, name: str) -> list[tuple[int, int]]:
+        """The ranges [start, stop) that tensor `name` is merged in."""
+        shape, cut = self._shapes[name], self.setting(name).merger.cut
+        if cut is Cut.ELEMENTS:
+            return list(blocks(size(shape), self._block))
+        row = size(shape[1:]) if len(shape) > 1 else size(shape)
+        rows = max(1, self._block // max(1, row))
+        return list(blocks(size(shape), max(1, rows * row if cut is Cut.ROWS else size(shape))))
+
+    def block(self, name: str, start: int, stop: int) -> Block:
+        """Elements [start, stop) of every input."""
+        setting = self.setting(name)
+        place = (name, self._shapes[name], start, stop)
+        return Block(self.base, self.inputs, setting.each, setting.merger.space, place)
+
+    def survey(self, pool: Pool) -> None:
+        """Let mergers of global scope measure the whole model. Call it before `facts`."""
+        groups: dict[Merger, list[str]] = {}
+        for name in self.names:
+            merger = self.setting(name).merger
+            if merger.scope is Scope.GLOBAL:
+                groups.setdefault(merger, []).append(name)
+        for merger, names in groups.items():
+            if len({self.setting(name).each for name in names}) > 1:
+                raise ConfigError(
+                    "merge.scope_and_gradient",
+                    f"{merger.name} with a global scope has one set of parameters for all tensors.",
+                    expected="plain numbers",
+                    got="a gradient or filter over tensors",
+                    hint="Use `scope: tensor`, or give each parameter one value.",
+                )
+            self._global_facts[merger] = merger.measure(View(self, names, pool))
+
+    def facts(self, name: str, pool: Pool) -> Any:
+        """What the merger must know about tensor `name` before its first block."""
+        merger = self.setting(name).merger
+        if merger in self._global_facts:
+            return self._global_facts[merger]
+        return merger.measure(View(self, [name], pool))
+
+    def delta(self, block: Block, facts: Any) -> Floats32 | Floats64:
+        """The merged delta of a block against the base, shape (block.size,)."""
+        merger = self.setting(block.name).merger
+        with np.errstate(over="ignore", invalid="ignore"):  # `round_once` says it better
+            values = merger.merge(block, facts)
+            if merger.space is Space.WEIGHTS:
+                values = np.subtract(values, block.base, dtype=np.float64)
+        return values
+
+    def theta(self, block: Block, facts: Any, onto: Source | None = None) -> Floats32:
+        """The merged weights of a block, float32, rounded once from float64.
+
+        The merged delta is added to `onto` (an fp32 master), by default to the base.
+
+        Raises:
+            TaskVectorError: a value is NaN or infinite.
+        """
+        merger = self.setting(block.name).merger
+        if onto is None and merger.space is Space.WEIGHTS:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return round_once(block.name, merger.merge(block, facts))
+        ground = block.base if onto is None else onto.block(block.name, block.start, block.stop)
+        return round_once(block.name, np.add(self.delta(block, facts), ground, dtype=np.float64))
+
+    def tensor(
+        self,
+        name: str,
+        pool: Pool,
+        put: Callable[[int, Floats32], None],
+        onto: Source | None = None,
+    ) -> None:
+        """Merge one tensor: `put(start, values)` is called for each block, from any thread."""
+        with self._room.take(self._whole(name)):
+            facts = self.facts(name, pool)
+            cuts = self.cuts(name)
+
+            def unit(ranges: Sequence[tuple[int, int]]) -> None:
+                for start, stop in ranges:
+                    put(start, self.theta(self.block(name, start, stop), facts, onto))
+
+            pool.spread(unit, [cuts[at : at + UNIT] for at in range(0, len(cuts), UNIT)])
+
+    def tensor_in_order(
+        self, name: str, pool: Pool, onto: Source | None = None
+    ) -> Iterator[Floats32]:
+        """Merge one tensor and yield its blocks from the first to the last."""
+        with self._room.take(self._whole(name)):
+            facts = self.facts(name, pool)
+            cuts = self.cuts(name)
+            for at in range(0, len(cuts), UNIT * pool.threads):
+                yield from pool.spread(
+                    lambda cut: self.theta(self.block(name, *cut), facts, onto),
+                    cuts[at : at + UNIT * pool.threads],
+                )
+
+    @property
+    def largest_whole(self) -> int:
+        """Elements of the largest tensor that a merger needs whole; 0 when none does."""
+        return max((self._whole(name) for name in self.names), default=0)
+
+    def _whole(self, name: str) -> int:
+        return self.size(name) if self.setting(name).merger.cut is Cut.WHOLE else 0
+
+    def all_tensors(self, pool: Pool, merge: Callable[[str], Any]) -> None:
+        """Call `merge(name)` for every tensor, the largest first, on all threads."""
+        self.survey(pool)
+        self._room.size = self.largest_whole
+        pool.spread(merge, sorted(self.names, key=lambda name: (-self.size(name), name)))
+
+
+class _Room:
+    """Bounds how many elements of whole tensors are at work at a time."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, elements: int) -> Iterator[None]:
+        if elements == 0:
+            yield
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + elements <= self.size)
+            self._taken += elements
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= elements
+                self._changed.notify_all()
+
+
+def in_order(inputs: Sequence[Input]) -> list[Input]:
+    """The inputs sorted by key.
+
+    Raises:
+        ConfigError: no input, or one key twice.
     """
     ordered = sorted(inputs, key=lambda item: item.key)
     keys = [item.key for item in ordered]
-    wrong = [i.key for i in ordered if not (math.isfinite(i.weight) and i.weight > 0)]
-    total = sum(item.weight for item in ordered)
-    if wrong or not ordered or not math.isfinite(total):
+    if not ordered or len(set(keys)) != len(keys):
         raise ConfigError(
-            "merge.bad_weights",
-            "A merge needs at least one input, and each weight positive and finite.",
-            expected="weights > 0",
-            got=[f"{item.key[:12]}: {item.weight}" for item in ordered if item.key in wrong]
-            or f"{len(ordered)} inputs, total weight {total}",
-            hint="Leave out inputs that should not count.",
-        )
-    if len(set(keys)) != len(keys):
-        raise ConfigError(
-            "merge.duplicate_input",
-            "A merge was given the same input twice.",
-            got=next(key for key in keys if keys.count(key) > 1),
+            "merge.inputs" if not ordered else "merge.duplicate_input",
+            "A merge was given the same input twice." if ordered else "A merge has no input.",
+            expected="at least one input, each once",
+            got=next((key for key in keys if keys.count(key) > 1), "none"),
             hint="Give each manifest digest once; use weights to count one more.",
         )
-    return ordered, total
-
-
-def merged_blocks(
-    name: str, size: int, inputs: Sequence[Input], merger: Merger, block: int = BLOCK
-) -> Iterator[tuple[int, int, Floats64]]:
-    """The merged delta of one tensor of `size` elements, as (start, stop, τ) from 0 to size.
-
-    Raises:
-        ConfigError: the inputs or weights are unusable.
-    """
-    ordered, total = in_order(inputs)
-    touching = [item for item in ordered if name in item.source.names]
-    for start, stop in blocks(size, block):
-        state = merger.init(stop - start)
-        for item in touching:
-            merger.fold(state, item.source.block(name, start, stop), item.weight)
-        yield start, stop, merger.finish(state, total)
-
-
-def merge_tensor(
-    name: str,
-    size: int,
-    master: Source,
-    inputs: Sequence[Input],
-    merger: Merger,
-    block: int = BLOCK,
-) -> Iterator[Floats32]:
-    """The new fp32 master of one tensor, block by block: master + τ in float64, rounded once.
-
-    Raises:
-        ConfigError: the inputs or weights are unusable.
-        TaskVectorError: a result is NaN or Inf.
-    """
-    for start, stop, tau in merged_blocks(name, size, inputs, merger, block):
-        tau += master.block(name, start, stop)
-        yield round_once(name, tau)
-
-
-def merge(
-    base: Checkpoint,
-    inputs: Sequence[Input],
-    merger: Merger,
-    out: Path | str,
-    progress: Advance | None = None,
-) -> Checkpoint:
-    """Merge task vectors into a new model folder, in the base's own types.
-
-    `progress` is called with the number of bytes written since the last call.
-
-    Raises:
-        ConfigError: the inputs or weights are unusable.
-        TaskVectorError: an input does not fit the base, or the inputs' bases differ.
-        ConflictError: `out` exists and is not empty.
-    """
-    in_order(inputs)
-    vectors = [item.source for item in inputs]
-    common_base(vectors)
-    for vector in vectors:
-        check_fits(base, vector)
-    touched = frozenset[str]().union(*(vector.names for vector in vectors))
-
-    def rows(name: str) -> Iterator[Floats32]:
-        return merge_tensor(name, base.tensors[name].size, base, inputs, merger)
-
-    return rewrite(base, out, touched, rows, progress)
+    return ordered

@@ -1,25 +1,36 @@
-"""Mean of task vectors, as in ColD Fusion (arXiv 2212.01378): Σ wᵢτᵢ / Σ wᵢ in float64."""
+"""Weighted mean of task vectors: the merge of ColD Fusion."""
 
 from __future__ import annotations
 
+import math
+from typing import Any, ClassVar
+
 import numpy as np
+from pydantic import Field
 
-from coldmerge.core.dtypes import Floats32, Floats64
+from coldmerge.core.dtypes import Floats64
+from coldmerge.merging.block import Block
+from coldmerge.merging.merger import Merger, PerInput
 
 
-class Mean:
-    """Weighted mean. A task vector that does not touch a tensor counts there as zero."""
+class Share(PerInput):
+    """An input of a mean."""
 
-    name = "mean"
+    weight: float = Field(default=1.0, gt=0, description="Share of this input in the mean.")
 
-    def init(self, n: int) -> Floats64:
-        """An empty sum of `n` elements."""
-        return np.zeros(n, np.float64)
 
-    def fold(self, state: Floats64, tau: Floats32, weight: float) -> None:
-        """Add weight·τ."""
-        state += np.multiply(tau, weight, dtype=np.float64)
+class Mean(Merger):
+    """ColD Fusion (arXiv 2212.01378): Σ wᵢτᵢ / Σ wᵢ, summed in float64.
 
-    def finish(self, state: Floats64, total_weight: float) -> Floats64:
-        """Divide by the weight of all inputs, those that do not touch the tensor too."""
-        return np.divide(state, total_weight, out=state)
+    An input that does not touch a tensor counts there as a zero.
+    """
+
+    name: ClassVar[str] = "mean"
+    Each: ClassVar[type[PerInput]] = Share
+
+    def merge(self, block: Block, facts: Any) -> Floats64:
+        """The mean, rounded once at the end of the sum."""
+        total = np.zeros(block.size, np.float64)
+        for i, tau in block.rows():
+            total += np.multiply(tau, block.weights[i], dtype=np.float64)
+        return np.divide(total, math.fsum(block.weights), out=total)

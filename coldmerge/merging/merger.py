@@ -1,0 +1,81 @@
+"""What a merge method is: parameters, how it wants its tensors cut, and one pure function."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from coldmerge.merging.block import Block, View
+
+Values = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+
+
+class Cut(Enum):
+    """How a tensor may be cut: anywhere, between rows (its first axis), or not at all."""
+
+    ELEMENTS = "elements"
+    ROWS = "rows"
+    WHOLE = "whole"
+
+
+class Space(Enum):
+    """What the rows of a block are: τ = θ − base, or θ itself."""
+
+    DELTAS = "deltas"
+    WEIGHTS = "weights"
+
+
+class Scope(Enum):
+    """What one `measure` sees: one tensor, or the whole model."""
+
+    TENSOR = "tensor"
+    GLOBAL = "global"
+
+
+class PerInput(BaseModel):
+    """Parameters that each input of a merge has of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    weight: float = Field(default=1.0, description="How much this input counts.")
+
+
+class Merger(BaseModel, ABC):
+    """A merge method. Its fields are its parameters; `Each` those that every input has.
+
+    A subclass is pure: the same blocks and facts give the same values, and no block depends
+    on another but through `measure`. Its docstring's first line names the method's paper.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
+    )
+
+    name: ClassVar[str]
+    Each: ClassVar[type[PerInput]] = PerInput
+    cut: ClassVar[Cut] = Cut.ELEMENTS
+    space: ClassVar[Space] = Space.DELTAS
+
+    @property
+    def scope(self) -> Scope:
+        """What `measure` sees; most methods look at one tensor at a time."""
+        return Scope.TENSOR
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that every input must ship: of `fisher`, `gram`, `trim`."""
+        return frozenset()
+
+    def measure(self, view: View) -> Any:
+        """The first pass: facts about the inputs that `merge` needs before the first block."""
+        return None
+
+    @abstractmethod
+    def merge(self, block: Block, facts: Any) -> Values:
+        """The merged values of one block, shape (block.size,): a delta, or θ by `space`."""

@@ -1,0 +1,86 @@
+"""What goes into a merge: task vectors, and fine-tuned models read as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from coldmerge.core.algebra import Delta
+from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.dtypes import Floats32
+
+
+class Source(Protocol):
+    """Anything that gives float32 blocks of named tensors: a checkpoint, a master."""
+
+    def block(self, name: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the flattened tensor: a fresh array (stop - start,)."""
+        ...
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """A source whose own values are the weights θ: subtracting the base is left to the reader."""
+
+    def theta(self, name: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the flattened fine-tuned tensor: a fresh array."""
+        ...
+
+
+class Statistics(Protocol):
+    """A source that carries statistics of its contributor's data beside its deltas."""
+
+    def has_statistic(self, name: str, kind: str) -> bool:
+        """Whether the statistic of tensor `name` was shipped."""
+        ...
+
+    def statistic(self, name: str, kind: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the flattened statistic of tensor `name`."""
+        ...
+
+
+class Tuned:
+    """A fine-tuned model folder as deltas against `base`, without writing a task vector.
+
+    `pairs` maps each release tensor to the fine-tune's name for it (`core.matching`).
+    """
+
+    def __init__(
+        self, base: Checkpoint, model: Checkpoint, pairs: dict[str, str], base_digest: str
+    ) -> None:
+        self._base, self._model, self._pairs = base, model, pairs
+        self.base_digest = base_digest
+        self.names = frozenset(pairs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return self._model.shape(self._pairs[name])
+
+    def theta(self, name: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the fine-tuned tensor."""
+        return self._model.block(self._pairs[name], start, stop)
+
+    def block(self, name: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of τ = θ − base."""
+        theta = self.theta(name, start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.subtract(theta, self._base.block(name, start, stop), out=theta)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a merge.
+
+    `key` fixes its place in the order (a manifest digest, a position in a plan); `label`
+    is its name in messages.
+    """
+
+    key: str
+    source: Delta
+    weight: float = 1.0
+    label: str = ""
+
+    def __str__(self) -> str:
+        return self.label or self.key[:12]
