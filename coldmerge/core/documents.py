@@ -29,18 +29,28 @@ MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 TensorName = Annotated[str, Field(pattern=rf"^{TENSOR_NAME}$")]
 Encoding = Literal["fp32", "bf16"]
 Kind = Literal["full", "lora"]
+Statistic = Literal["fisher", "gram", "trim"]
+"""What a contributor may ship about a tensor beside its delta: see `coldmerge.core.statistics`."""
 
 
 class Document(BaseModel):
-    """Base of all signed documents. Subclasses set `type`, which the signature covers."""
+    """Base of all signed documents. Subclasses set `type`, which the signature covers.
+
+    `later` names the fields that a schema got after documents of it had been signed: while
+    they are empty they are left out, so that those documents keep their bytes.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     schema_name: ClassVar[str]
+    later: ClassVar[frozenset[str]] = frozenset()
 
     def canonical(self) -> bytes:
         """The one byte rendering that is hashed and signed."""
         body = {"type": self.schema_name, **self.model_dump(mode="json")}
+        for key in self.later:
+            if not body[key]:
+                del body[key]
         return json.dumps(
             body, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
         ).encode("ascii")
@@ -127,11 +137,14 @@ class Manifest(Document):
 
     `tensors` are in the order of the payload stream (sorted by name). For `lora` each
     target has two entries, `<name>.lora_A` and `<name>.lora_B`, and a `scaling` that
-    already folds alpha, rank and rsLoRA in: delta = scaling * B @ A. `metrics` and
-    `training` hold numbers only: there is no field that could carry an example.
+    already folds alpha, rank and rsLoRA in: delta = scaling * B @ A. `statistics` says of
+    what the statistics among the tensors (`<name>.fisher`, `.gram`, `.trim`) were made:
+    examples, tokens, density. `metrics` and `training` hold numbers only: there is no field
+    that could carry an example.
     """
 
     schema_name = "coldmerge.manifest/1"
+    later = frozenset({"statistics"})
 
     federation: Identifier
     model: Identifier
@@ -145,6 +158,7 @@ class Manifest(Document):
     encoding: Encoding
     tensors: tuple[TensorEntry, ...] = Field(min_length=1, max_length=100_000)
     scaling: dict[TensorName, float] = Field(default_factory=dict)
+    statistics: dict[Statistic, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     examples: int = Field(ge=1, le=10**12)
     norm: float = Field(ge=0)
     metrics: dict[MetricName, float] = Field(default_factory=dict, max_length=64)

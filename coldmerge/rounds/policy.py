@@ -26,6 +26,7 @@ from pydantic import (
 
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.validation import first_problem
+from coldmerge.rounds.statistics import statistics_for
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(?:[1-9][0-9]{0,8}[smhd])+")
@@ -78,6 +79,9 @@ Duration = Annotated[
 """A `timedelta` that YAML and JSON write as `24h`."""
 
 
+ParameterName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -101,10 +105,20 @@ class GatePolicy(_Frozen):
 
 
 class MergePolicy(_Frozen):
-    """How the contributions become one task vector."""
+    """How the contributions become one task vector.
+
+    `parameters` are the method's own. What the method needs to know about the contributors'
+    data is asked of them: see `coldmerge.rounds.statistics`.
+    """
 
     method: str = Field(default="mean", pattern=r"^[a-z][a-z0-9_]{0,31}$")
     weights: Literal["uniform", "examples"] = "uniform"
+    parameters: dict[ParameterName, str | int | float | bool] = Field(default={}, max_length=64)
+
+    @model_validator(mode="after")
+    def _asks_for_what_there_is(self) -> Self:
+        statistics_for(self)
+        return self
 
 
 class RoundPolicy(_Frozen):
