@@ -59,6 +59,9 @@ class Checkpoint:
         self._places = dict(sorted(places.items()))
         self.tensors: dict[str, TensorSpec] = {n: place[0] for n, place in self._places.items()}
 
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return type(self).open, (self.folder.absolute(),)
+
     @classmethod
     def open(cls, folder: Path | str) -> Self:
         """Open a folder and check every header in it.

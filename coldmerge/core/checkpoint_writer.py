@@ -24,6 +24,73 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
+class Slots:
+    """Where each declared tensor goes: written by position, from any thread or process.
+
+    Pickled, it opens the files again by their paths.
+    """
+
+    def __init__(self, places: dict[str, tuple[Path, int, TensorSpec]]) -> None:
+        self.places = places
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[object]]:
+        return type(self), (self.places,)
+
+    def write_at(
+        self,
+        name: str,
+        at: int,
+        block: bytes | bytearray | memoryview | npt.NDArray[np.generic],
+    ) -> int:
+        """Write at byte `at` of a tensor; gives the number of bytes.
+
+        Raises:
+            CheckpointError: the tensor was not declared, or would become too long.
+        """
+        view = as_bytes(block) if isinstance(block, np.ndarray) else memoryview(block).cast("B")
+        place = self.places.get(name)
+        if place is None or at + len(view) > place[2].nbytes:
+            raise CheckpointError(
+                "checkpoint.undeclared_bytes",
+                f"More bytes were written for tensor {name} than declared.",
+                expected="no such tensor" if place is None else f"{place[2].nbytes} bytes",
+                got=f"{at + len(view)} bytes",
+                hint="Declare every tensor with its type and shape before writing.",
+            )
+        path, offset, _ = place
+        write_all(self._fd(path), view, offset + at)
+        return len(view)
+
+    def digest(self, name: str) -> str:
+        """sha256 (hexadecimal) of a tensor, read back from the file."""
+        path, offset, spec = self.places[name]
+        found = hashlib.sha256()
+        buffer = bytearray(min(CHUNK_BYTES, spec.nbytes))
+        for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
+            view = memoryview(buffer)[: stop - start]
+            os.preadv(self._fd(path), [view], offset + start)
+            found.update(view)
+        return found.hexdigest()
+
+    def _fd(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._fds:
+                self._fds[path] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            return self._fds[path]
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
+        for fd in self._fds.values():
+            os.fsync(fd)
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
 class CheckpointWriter:
     """Context manager: the folder appears complete and durable on a clean exit, or not at all.
 
@@ -35,8 +102,7 @@ class CheckpointWriter:
         self.folder = Path(folder)
         self._partial = self.folder.with_name(f"{self.folder.name}.partial-{os.getpid()}")
         self._max_shard_bytes = max_shard_bytes
-        self._fds: dict[str, int] = {}
-        self._places: dict[str, tuple[str, int, TensorSpec]] = {}
+        self.slots = Slots({})
         self._written: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -68,8 +134,9 @@ class CheckpointWriter:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._create(file, shard)
         if len(shards) > 1:
-            total = sum(spec.nbytes for _, _, spec in self._places.values())
-            weight_map = {name: place[0] for name, place in sorted(self._places.items())}
+            places = sorted(self.slots.places.items())
+            total = sum(spec.nbytes for _, (_, _, spec) in places)
+            weight_map = {name: path.name for name, (path, _, _) in places}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self.write_file(INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
@@ -88,12 +155,15 @@ class CheckpointWriter:
     def _create(self, file: str, shard: Sequence[Described]) -> None:
         specs = layout(sorted(shard, key=lambda e: (-NUMPY[e.dtype].itemsize, e.name)))
         header = render_header(specs, {"format": "pt"})
-        fd = os.open(self._partial / file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
-        self._fds[file] = fd
-        preallocate(fd, len(header) + (specs[-1].stop if specs else 0))
-        write_all(fd, header, 0)
+        path = self._partial / file
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        try:
+            preallocate(fd, len(header) + (specs[-1].stop if specs else 0))
+            write_all(fd, header, 0)
+        finally:
+            os.close(fd)
         for spec in specs:
-            self._places[spec.name] = (file, len(header) + spec.start, spec)
+            self.slots.places[spec.name] = (path, len(header) + spec.start, spec)
             self._written[spec.name] = 0
 
     def write(
@@ -117,32 +187,13 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the tensor was not declared, or would become too long.
         """
-        view = as_bytes(block) if isinstance(block, np.ndarray) else memoryview(block).cast("B")
-        place = self._places.get(name)
-        if place is None or at + len(view) > place[2].nbytes:
-            raise CheckpointError(
-                "checkpoint.undeclared_bytes",
-                f"More bytes were written for tensor {name} than declared.",
-                expected="no such tensor" if place is None else f"{place[2].nbytes} bytes",
-                got=f"{at + len(view)} bytes",
-                hint="Declare every tensor with its type and shape before writing.",
-                folder=self.folder,
-            )
-        file, offset, _ = place
-        write_all(self._fds[file], view, offset + at)
+        written = self.slots.write_at(name, at, block)
         with self._lock:
-            self._written[name] += len(view)
+            self._written[name] += written
 
-    def digest(self, name: str) -> str:
-        """sha256 (hexadecimal) of what was written of a tensor, read back from the file."""
-        file, offset, spec = self._places[name]
-        found = hashlib.sha256()
-        buffer = bytearray(min(CHUNK_BYTES, spec.nbytes))
-        for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
-            view = memoryview(buffer)[: stop - start]
-            os.preadv(self._fds[file], [view], offset + start)
-            found.update(view)
-        return found.hexdigest()
+    def written_elsewhere(self, name: str) -> None:
+        """Count a tensor that another process wrote whole, through `slots`."""
+        self._written[name] = self.slots.places[name][2].nbytes
 
     def write_file(self, relative: str | Path, data: bytes) -> None:
         """Add a file beside the weights.
@@ -177,17 +228,17 @@ class CheckpointWriter:
             if kind is None:
                 self._commit()
         finally:
-            for fd in self._fds.values():
-                os.close(fd)
+            self.slots.close()
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def _commit(self) -> None:
-        short = [n for n, (_, _, spec) in self._places.items() if self._written[n] < spec.nbytes]
+        places = self.slots.places
+        short = [n for n, (_, _, spec) in places.items() if self._written[n] < spec.nbytes]
         if short:
             raise CheckpointError(
                 "checkpoint.incomplete",
                 f"Not all bytes of {len(short)} tensors were written, first {min(short)}.",
-                expected=f"{self._places[min(short)][2].nbytes} bytes",
+                expected=f"{places[min(short)][2].nbytes} bytes",
                 got=f"{self._written[min(short)]} bytes",
                 hint="Write every declared tensor to its end.",
                 folder=self.folder,

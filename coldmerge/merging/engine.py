@@ -53,7 +53,13 @@ class Job:
         self.inputs = in_order(inputs)
         self._block = block
         self._global_facts: dict[Merger, Any] = {}
-        self._room = _Room()
+        self._room = _Room(self.largest_whole)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_room"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _room=_Room(self.largest_whole))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -172,18 +178,12 @@ class Job:
     def _whole(self, name: str) -> int:
         return self.size(name) if self.setting(name).merger.cut is Cut.WHOLE else 0
 
-    def all_tensors(self, pool: Pool, merge: Callable[[str], Any]) -> None:
-        """Call `merge(name)` for every tensor, the largest first, on all threads."""
-        self.survey(pool)
-        self._room.size = self.largest_whole
-        pool.spread(merge, sorted(self.names, key=lambda name: (-self.size(name), name)))
-
 
 class _Room:
     """Bounds how many elements of whole tensors are at work at a time."""
 
-    def __init__(self) -> None:
-        self.size = 0
+    def __init__(self, elements: int) -> None:
+        self._elements = elements
         self._taken = 0
         self._changed = threading.Condition()
 
@@ -193,7 +193,7 @@ class _Room:
             yield
             return
         with self._changed:
-            self._changed.wait_for(lambda: not self._taken or self._taken + elements <= self.size)
+            self._changed.wait_for(lambda: self._taken + elements <= self._elements)
             self._taken += elements
         try:
             yield

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from coldmerge.core.algebra import check_fits, common_base
 from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.checkpoint_writer import MAX_SHARD_BYTES, CheckpointWriter
+from coldmerge.core.checkpoint_writer import MAX_SHARD_BYTES, CheckpointWriter, Slots
 from coldmerge.core.digests import Content, file_digest
 from coldmerge.core.documents import FileEntry, TensorEntry
 from coldmerge.core.dtypes import FLOATS, NUMPY, Floats32, blocks, from_float32, nbytes
 from coldmerge.core.errors import ResourceError
 from coldmerge.core.files import CHUNK_BYTES
 from coldmerge.core.header import Described
-from coldmerge.core.progress import Counter, Progress, silent
+from coldmerge.core.progress import Advance, Counter, Progress, silent
 from coldmerge.core.vector_writer import Planned
 from coldmerge.merging.engine import Job
 from coldmerge.merging.merger import Merger
@@ -34,13 +35,14 @@ def merge(
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_files: Mapping[str, bytes] | None = None,
+    engine: Engine | None = None,
     progress: Progress = silent,
 ) -> Content:
     """Merge `inputs` into the model folder `out` and give what its digest names.
 
     `recipe` may be a merger: it then merges every tensor, with the inputs' weights. `dtype`
     (`F32`, `F16`, `BF16`) is the type of the float tensors written, by default the base's
-    own. The bytes do not depend on `threads` (default: all processors). Tensors that no
+    own. The bytes do not depend on `threads` (default: all processors) or `engine`. Tensors that no
     input touches and files beside the weights are the base's. `progress` may raise to end
     the merge; nothing is left behind then.
 
@@ -53,7 +55,9 @@ def merge(
     """
     if isinstance(recipe, Merger):
         ordered = sorted(inputs, key=lambda item: item.key)
-        recipe = uniform(type(recipe), recipe.model_dump(by_alias=True), [i.weight for i in ordered])
+        recipe = uniform(
+            type(recipe), recipe.model_dump(by_alias=True), [i.weight for i in ordered]
+        )
     shapes = {n: spec.shape for n, spec in base.tensors.items() if spec.dtype in FLOATS}
     job = Job(base, shapes, inputs, recipe)
     common_base([item.source for item in job.inputs])
@@ -64,67 +68,85 @@ def merge(
         for name, spec in base.tensors.items()
     ]
     _check_disk(Path(out), planned)
-    with CheckpointWriter(out, max_shard_bytes) as writer, Pool(threads) as pool:
+    with CheckpointWriter(out, max_shard_bytes) as writer:
         writer.declare(planned)
         for path in base.files():
             writer.copy_file(base.folder / path, path)
         for name, data in (extra_files or {}).items():
             writer.write_file(name, data)
-        return _Merge(base, job, writer, planned, pool, progress).run()
+        work = Work(base, job, {entry.name: entry for entry in planned}, writer.slots)
+        digests = (engine or on_this_machine)(work, threads, progress)
+        for name in digests:
+            writer.written_elsewhere(name)
+    return Content(tuple(_entries(planned, digests)), _files(base))
 
 
-class _Merge:
-    def __init__(
-        self,
-        base: Checkpoint,
-        job: Job,
-        writer: CheckpointWriter,
-        planned: Sequence[Planned],
-        pool: Pool,
-        progress: Progress,
-    ) -> None:
-        self._base, self._job, self._writer, self._pool = base, job, writer, pool
-        self._planned = {entry.name: entry for entry in planned}
-        self._count = Counter("merge", sum(nbytes(e.dtype, e.shape) for e in planned), progress)
+@dataclass(frozen=True)
+class Work:
+    """The tensors of one merge on their way into a folder. It may be pickled."""
 
-    def run(self) -> Content:
+    base: Checkpoint
+    job: Job
+    planned: Mapping[str, Planned]
+    slots: Slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to write."""
+        return sum(nbytes(entry.dtype, entry.shape) for entry in self.planned.values())
+
+    def write(self, names: Sequence[str], pool: Pool, done: Advance) -> dict[str, str]:
+        """Write the tensors `names` and give their sha256 by name."""
         digests: dict[str, str] = {}
-        touched = frozenset(self._job.names)
 
         def tensor(name: str) -> None:
-            self._job.tensor(name, self._pool, lambda at, values: self._put(name, at, values))
-            digests[name] = self._writer.digest(name)
+            if name in merged:
+                self.job.tensor(name, pool, lambda at, theta: self._put(name, at, theta, done))
+            else:
+                self._copy(name, done)
+            digests[name] = self.slots.digest(name)
 
-        def copy(name: str) -> None:
-            self._copy(name)
-            digests[name] = self._writer.digest(name)
+        merged = frozenset(self.job.names)
+        pool.spread(tensor, sorted(names, key=lambda name: (-self.size(name), name)))
+        return digests
 
-        self._job.all_tensors(self._pool, tensor)
-        self._pool.spread(copy, [name for name in self._planned if name not in touched])
-        return Content(tuple(_entries(self._planned.values(), digests)), self._files())
+    def size(self, name: str) -> int:
+        """Bytes that tensor `name` takes in the folder."""
+        return nbytes(self.planned[name].dtype, self.planned[name].shape)
 
-    def _put(self, name: str, at: int, values: Floats32) -> None:
-        dtype = self._planned[name].dtype
-        data = from_float32(values, dtype)
-        self._writer.write_at(name, at * NUMPY[dtype].itemsize, data)
-        self._count.add(data.nbytes)
+    def _put(self, name: str, at: int, theta: Floats32, done: Advance) -> None:
+        dtype = self.planned[name].dtype
+        data = from_float32(theta, dtype)
+        done(self.slots.write_at(name, at * NUMPY[dtype].itemsize, data))
 
-    def _copy(self, name: str) -> None:
-        spec, dtype = self._base.tensors[name], self._planned[name].dtype
-        if dtype == spec.dtype:
+    def _copy(self, name: str, done: Advance) -> None:
+        spec = self.base.tensors[name]
+        if self.planned[name].dtype == spec.dtype:
             for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
-                self._writer.write(name, self._base.raw(name, start, stop))
-                self._count.add(stop - start)
+                done(self.slots.write_at(name, start, self.base.raw(name, start, stop)))
         else:
             for start, stop in blocks(spec.size):
-                self._put(name, start, self._base.block(name, start, stop))
+                self._put(name, start, self.base.block(name, start, stop), done)
 
-    def _files(self) -> tuple[FileEntry, ...]:
-        found = []
-        for path in self._base.files():
-            digest, length = file_digest(self._base.folder / path)
-            found.append(FileEntry(path=path.as_posix(), size=length, sha256=digest))
-        return tuple(sorted(found, key=lambda entry: entry.path))
+
+Engine = Callable[[Work, int | None, Progress], dict[str, str]]
+"""Does all the work with so many threads, tells its progress, gives sha256 by tensor."""
+
+
+def on_this_machine(work: Work, threads: int | None, progress: Progress) -> dict[str, str]:
+    """The engine that uses this process's own threads."""
+    count = Counter("merge", work.nbytes, progress)
+    with Pool(threads) as pool:
+        work.job.survey(pool)
+        return work.write(list(work.planned), pool, count.add)
+
+
+def _files(base: Checkpoint) -> tuple[FileEntry, ...]:
+    found = []
+    for path in base.files():
+        digest, length = file_digest(base.folder / path)
+        found.append(FileEntry(path=path.as_posix(), size=length, sha256=digest))
+    return tuple(sorted(found, key=lambda entry: entry.path))
 
 
 def _entries(planned: Iterable[Described], digests: Mapping[str, str]) -> list[TensorEntry]:

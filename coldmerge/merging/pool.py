@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
@@ -38,9 +37,7 @@ class Pool:
             helper.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for _ in self._helpers:
             self._calls.put(None)
         for helper in self._helpers:

@@ -12,7 +12,6 @@ from coldmerge.core.errors import ConfigError
 from coldmerge.core.validation import first_problem
 from coldmerge.merging.merger import Merger, PerInput
 
-
 M = TypeVar("M", Merger, PerInput)
 
 
@@ -69,9 +68,7 @@ def fields(model: type[Merger] | type[PerInput]) -> dict[str, str]:
     return {field.alias or name: name for name, field in model.model_fields.items()}
 
 
-def checked(
-    model: type[M], values: Mapping[str, Any], method: type[Merger]
-) -> M:
+def checked(model: type[M], values: Mapping[str, Any], method: type[Merger]) -> M:
     """`model` with these parameters.
 
     Raises:
