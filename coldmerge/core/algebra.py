@@ -137,14 +137,14 @@ def weighted_sum(
     return total
 
 
-def round_once(name: str, values: Floats64) -> Floats32:
-    """float64 → float32, to nearest.
+def round_once(name: str, values: Floats64 | Floats32) -> Floats32:
+    """float64 → float32, to nearest; float32 is only checked.
 
     Raises:
         TaskVectorError: a result is NaN or Inf.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        rounded = values.astype(np.float32)
+        rounded = values.astype(np.float32, copy=False)
     if not np.isfinite(rounded).all():
         raise TaskVectorError(
             "task_vector.not_finite",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -37,7 +37,8 @@ class Block:
         place: tuple[str, tuple[int, ...], int, int],
     ) -> None:
         self._source, self._inputs, self._space = base, inputs, space
-        self.each = each
+        self.each: Sequence[Any] = each
+        """The parameters of each input: of the merger's own `Each` class."""
         self.name, self.tensor_shape, self.start, self.stop = place
 
     @property
@@ -144,7 +145,7 @@ class View:
         self._spans = list(zip(names, pairwise(starts), strict=True))
         self.size = starts[-1]
         """Elements of one input, over all tensors of the view."""
-        self.each = job.setting(names[0]).each if names else ()
+        self.each: Sequence[Any] = job.setting(names[0]).each if names else ()
 
     @property
     def inputs(self) -> range:

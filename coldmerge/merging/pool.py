@@ -38,7 +38,7 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _ in self._helpers:
+        for _helper in self._helpers:
             self._calls.put(None)
         for helper in self._helpers:
             helper.join()
