@@ -1,0 +1,142 @@
+"""What a model changes against a base, read by block, whatever form it is stored in.
+
+A model folder, a PEFT adapter folder and a task vector file all give the same protocol
+(`core.algebra.Delta`), without writing anything.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from coldmerge.core.adapters import CONFIG, Adapter, Target
+from coldmerge.core.algebra import Delta, check_fits
+from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.dtypes import Floats32, Floats64
+from coldmerge.core.errors import NotFoundError, TaskVectorError
+from coldmerge.core.matching import match_folder, sort_out
+from coldmerge.core.task_vector import TaskVector
+
+
+class FolderDelta:
+    """A model folder minus its base. `pairs`: base tensor → the model's name for it."""
+
+    def __init__(
+        self, base: Checkpoint, model: Checkpoint, pairs: dict[str, str], base_digest: str = ""
+    ) -> None:
+        self._base, self._model, self._pairs = base, model, pairs
+        self.base_digest = base_digest
+        self.names = frozenset(pairs)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return self._model.shape(self._pairs[name])
+
+    def block(self, name: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the flattened change, float32."""
+        return self.block_on(self._base.block(name, start, stop), name, start)
+
+    def block_on(self, ground: Floats32, name: str, start: int) -> Floats32:
+        """The same, where the caller holds the base's elements already."""
+        tuned = self._model.block(self._pairs[name], start, start + len(ground))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.subtract(tuned, ground)
+
+
+class AdapterDelta:
+    """A PEFT adapter folder: LoRA targets multiplied out, tensors saved whole minus the base."""
+
+    def __init__(self, base: Checkpoint, adapter: Adapter, base_digest: str = "") -> None:
+        self._base, self._adapter = base, adapter
+        self.base_digest = base_digest
+        targets = {target.weight: target for target in adapter.targets.values()}
+        specs = dict(adapter.whole)
+        specs.update({weight: adapter.specs[target.a] for weight, target in targets.items()})
+        found = sort_out(base, specs, adapter.folder, (), deltas=frozenset(targets))
+        self._targets: dict[str, Target] = {
+            name: targets[source] for name, source in found.pairs.items() if source in targets
+        }
+        self._whole = {n: s for n, s in found.pairs.items() if n not in self._targets}
+        for name, target in self._targets.items():
+            adapter.shapes(target, base.shape(name))
+        self.names = frozenset(found.pairs)
+        self._held: tuple[str, Floats64, Floats64] | None = None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return self._base.shape(name)
+
+    def block(self, name: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the flattened change, float32."""
+        if name in self._whole:
+            tuned = self._adapter.values(self._whole[name], start, stop)
+            with np.errstate(over="ignore", invalid="ignore"):
+                return np.subtract(tuned, self._base.block(name, start, stop))
+        a, b = self._factors(name)
+        columns = a.shape[1]
+        first, last = start // columns, math.ceil(stop / columns)
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows = (b[first:last] @ a).astype(np.float32)
+        return rows.reshape(-1)[start - first * columns : stop - first * columns]
+
+    def _factors(self, name: str) -> tuple[Floats64, Floats64]:
+        """A (r, columns) and scaling · B (rows, r) of the tensor asked for last, float64."""
+        if self._held is None or self._held[0] != name:
+            target = self._targets[name]
+            a, b = self._adapter.factors(target, self._base.shape(name))
+            wide = a.reshape(a.shape[0], -1).astype(np.float64)
+            self._held = (name, wide, b.astype(np.float64) * target.scaling)
+        return self._held[1:]
+
+
+def open_delta(base: Checkpoint, path: Path, base_digest: str = "") -> Delta:
+    """What `path` changes against `base`: a model folder, an adapter folder, a task vector.
+
+    `base_digest` is the content digest of `base`; where it is given, a task vector of
+    another release is refused.
+
+    Raises:
+        NotFoundError: there is nothing at `path`.
+        CheckpointError: it cannot be read.
+        TaskVectorError: it does not fit the base.
+    """
+    if path.is_file():
+        vector = TaskVector.open(path)
+        check_base(vector, base_digest)
+        check_fits(base, vector)
+        return vector
+    if not path.is_dir():
+        raise NotFoundError(
+            "weights.not_found",
+            f"There is nothing at {path}.",
+            expected="a model folder, a PEFT adapter folder or a task vector file",
+            hint="Check the path; names of a hub are not looked up, download the model first.",
+        )
+    if is_adapter(path):
+        return AdapterDelta(base, Adapter(path), base_digest)
+    model = Checkpoint.open(path)
+    return FolderDelta(base, model, match_folder(base, model, ()).pairs, base_digest)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is a PEFT adapter and not a model."""
+    return (path / CONFIG).is_file()
+
+
+def check_base(vector: TaskVector, base_digest: str) -> None:
+    """Check that a task vector starts from the release with this digest, if one is given.
+
+    Raises:
+        TaskVectorError: it starts from another.
+    """
+    if base_digest and vector.base_digest != base_digest:
+        raise TaskVectorError(
+            "task_vector.other_base",
+            "A task vector starts from another release than the one given.",
+            expected=base_digest,
+            got=vector.base_digest,
+            hint="Give the very folder it was extracted against, with its tokenizer files.",
+            path=vector.path,
+        )
