@@ -59,7 +59,8 @@ class Job:
         return {key: value for key, value in vars(self).items() if key != "_room"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _room=_Room(self.largest_whole))
+        vars(self).update(state)
+        self._room = _Room(self.largest_whole)
 
     @cached_property
     def names(self) -> tuple[str, ...]:

@@ -1,62 +1,22 @@
 from __future__ import annotations
 
+import pickle
 import random
-from pathlib import Path
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from safetensors.torch import load_file, save_file
 
-from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.dtypes import Floats32, from_float32
+from coldmerge.core.dtypes import Floats32, Floats64, from_float32
 from coldmerge.core.errors import ColdmergeError
-from coldmerge.core.extraction import extract
-from coldmerge.merging import MERGERS, Input, merge, merge_tensor, merged_blocks, merger
-
-DIGEST = "12" * 32
-MEAN = MERGERS["mean"]
-in_tmp = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-
-
-class Memory:
-    """Tensors in memory, as a master and as deltas."""
-
-    def __init__(self, **tensors: Floats32) -> None:
-        self.tensors = tensors
-        self.base_digest = DIGEST
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def block(self, name: str, start: int, stop: int) -> Floats32:
-        return self.tensors[name].reshape(-1)[start:stop]
-
-
-@pytest.fixture(autouse=True)
-def _torch() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(11)
-
-
-def folder(path: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
-    path.mkdir()
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text("{}")
-    return Checkpoint.open(path)
-
-
-def whole(name: str, size: int, master: Memory, inputs: list[Input], block: int) -> Floats32:
-    return np.concatenate(list(merge_tensor(name, size, master, inputs, MEAN, block)))
-
+from coldmerge.merging import Block, Cut, Input, Job, Merger, Pool, Scope, Space, View, uniform
+from coldmerge.merging.methods.mean import Mean
+from tests.merging.sources import ArrayDelta, ArraySource, job, merged
 
 finite = st.floats(-(2.0**60), 2.0**60, width=32)
 problems = st.integers(1, 6).flatmap(
@@ -68,74 +28,43 @@ problems = st.integers(1, 6).flatmap(
 )
 
 
-@given(problems, st.integers(1, 40), st.randoms(use_true_random=False))
+def mean(
+    base: dict[str, Floats32], inputs: list[Input], *, block: int = 2**16, threads: int = 1
+) -> dict[str, Floats32]:
+    """The mean by weight, through `tensor_in_order`."""
+    source = ArraySource(base)
+    weights = [item.weight for item in sorted(inputs, key=lambda item: item.key)]
+    shapes = {name: x.shape for name, x in source.tensors.items()}
+    work = Job(source, shapes, inputs, uniform(Mean, {}, weights), block)
+    with Pool(threads) as pool:
+        return {name: np.concatenate(list(work.tensor_in_order(name, pool))) for name in work.names}
+
+
+@given(problems, st.integers(1, 40), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_the_mean_is_that_of_torch_to_the_last_bit_in_any_order_and_block(
-    problem: tuple[Floats32, Floats32, list[float]], block: int, rng: random.Random
+    problem: tuple[Floats32, Floats32, list[float]], block: int, threads: int, rng: random.Random
 ) -> None:
     base, taus, weights = problem
     inputs = [
-        Input(f"{i:064x}", Memory(w=tau), weight)
+        Input(f"{i:064x}", ArrayDelta({"w": tau}), weight)
         for i, (tau, weight) in enumerate(zip(taus, weights, strict=True))
     ]
     rng.shuffle(inputs)
-    merged = whole("w", 23, Memory(w=base), inputs, block)
+    found = mean({"w": base}, inputs, block=block, threads=threads)["w"]
     total = torch.zeros(23, dtype=torch.float64)
     for tau, weight in zip(taus, weights, strict=True):
         total = total + torch.from_numpy(tau).double() * weight
     expected = (torch.from_numpy(base).double() + total / sum(weights)).float()
-    np.testing.assert_array_equal(merged, expected.numpy())
+    np.testing.assert_array_equal(found, expected.numpy())
 
 
 def test_a_tensor_that_an_input_does_not_touch_counts_as_zero() -> None:
-    base = Memory(w=np.zeros(3, np.float32), v=np.ones(3, np.float32))
-    one = Input("1", Memory(w=np.full(3, 4, np.float32)))
-    two = Input("2", Memory(v=np.full(3, 2, np.float32)), 3.0)
-    np.testing.assert_array_equal(whole("w", 3, base, [one, two], 2), [1, 1, 1])
-    np.testing.assert_array_equal(whole("v", 3, base, [one, two], 2), [2.5, 2.5, 2.5])
-
-
-def test_blocks_come_in_order_and_cover_the_tensor() -> None:
-    tau = Input("1", Memory(w=np.arange(10, dtype=np.float32)))
-    found = list(merged_blocks("w", 10, [tau], MEAN, block=4))
-    assert [(start, stop) for start, stop, _ in found] == [(0, 4), (4, 8), (8, 10)]
-    assert all(block.dtype == np.float64 for _, _, block in found)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_folder_is_the_base_plus_the_mean_in_the_types_of_the_base(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
-    start = {
-        "body.w": torch.randn(40, 30).to(dtype),
-        "body.b": torch.randn(30).to(dtype),
-        "frozen.w": torch.randn(8).to(dtype),
-        "ids": torch.arange(5),
-    }
-    base = folder(tmp_path / "base", start)
-    inputs, taus = [], []
-    for i in range(4):
-        end = {
-            n: x.float() + 0.1 * torch.randn_like(x.float()) if "body" in n else x
-            for n, x in start.items()
-        }
-        tuned = folder(tmp_path / f"tuned{i}", end)
-        out = tmp_path / f"v{i}"
-        vector = extract(base, tuned.folder, out, base_digest=DIGEST).task_vector
-        inputs.append(Input(f"{9 - i}", vector))
-        taus.append(load_file(out))
-    merged = merge(base, inputs, MEAN, tmp_path / "merged")
-    for name, tensor in start.items():
-        expected = tensor
-        if "body" in name:
-            total = torch.zeros(tensor.shape, dtype=torch.float64)
-            for tau in reversed(taus):
-                total = total + tau[name].double()
-            expected = (tensor.double() + total / 4).float().to(dtype)
-        assert torch.equal(load_file(merged.folder / "model.safetensors")[name], expected)
-    again = merge(base, inputs[::-1], MEAN, tmp_path / "again")
-    files = ("model.safetensors", "config.json")
-    for file in files:
-        assert (again.folder / file).read_bytes() == (merged.folder / file).read_bytes()
+    base = {"w": np.zeros(3, np.float32), "v": np.ones(3, np.float32)}
+    one = Input("1", ArrayDelta({"w": np.full(3, 4)}))
+    two = Input("2", ArrayDelta({"v": np.full(3, 2)}), 3.0)
+    found = mean(base, [one, two], block=2)
+    np.testing.assert_array_equal(found["w"], [1, 1, 1])
+    np.testing.assert_array_equal(found["v"], [2.5, 2.5, 2.5])
 
 
 def test_twenty_tiny_bf16_rounds_do_not_stall_with_a_master() -> None:
@@ -145,8 +74,8 @@ def test_twenty_tiny_bf16_rounds_do_not_stall_with_a_master() -> None:
     first = published = from_float32(master, "BF16")
     stalled = published
     for _ in range(20):
-        inputs = [Input(str(i), Memory(w=step)) for i in range(3)]
-        master = whole("w", 2000, Memory(w=master), inputs, 512)
+        inputs = [Input(str(i), ArrayDelta({"w": step})) for i in range(3)]
+        master = mean({"w": master}, inputs, block=512)["w"]
         published = from_float32(master, "BF16")
         stalled = (stalled.astype(np.float32) + step).astype(ml_dtypes.bfloat16)
     moved = np.mean(published.astype(np.float32) != first.astype(np.float32))
@@ -156,69 +85,167 @@ def test_twenty_tiny_bf16_rounds_do_not_stall_with_a_master() -> None:
 
 @given(arrays(np.float32, 9, elements=finite), st.integers(1, 5), st.floats(0.1, 10))
 def test_equal_inputs_give_that_input(tau: Floats32, n: int, weight: float) -> None:
-    inputs = [Input(str(i), Memory(w=tau), weight) for i in range(n)]
-    merged = whole("w", 9, Memory(w=np.zeros(9, np.float32)), inputs, 4)
-    np.testing.assert_allclose(merged, tau, rtol=1e-6)
+    inputs = [Input(str(i), ArrayDelta({"w": tau}), weight) for i in range(n)]
+    found = mean({"w": np.zeros(9, np.float32)}, inputs, block=4)["w"]
+    np.testing.assert_allclose(found, tau, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("code", "weights"),
-    [
-        ("merge.bad_weights", {}),
-        ("merge.bad_weights", {"a": 0.0}),
-        ("merge.bad_weights", {"a": 1.0, "b": -1.0}),
-        ("merge.bad_weights", {"a": float("nan")}),
-        ("merge.bad_weights", {"a": float("inf")}),
-        ("merge.bad_weights", {"a": 1.7e308, "b": 1.7e308}),
-    ],
-)
-def test_bad_weights_are_refused(code: str, weights: dict[str, float]) -> None:
-    tau = Memory(w=np.ones(1, np.float32))
-    inputs = [Input(key, tau, weight) for key, weight in weights.items()]
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_mean_refuses_weights_that_are_not_positive_and_finite(weight: float) -> None:
     with pytest.raises(ColdmergeError) as caught:
-        whole("w", 1, tau, inputs, 1)
-    assert caught.value.code == code
+        uniform(Mean, {}, [1.0, weight])
+    assert caught.value.code == "merge.bad_parameter"
+    assert caught.value.ids["parameter"] == "weight"
 
 
-def test_one_key_twice_is_refused() -> None:
-    tau = Memory(w=np.ones(1, np.float32))
+def test_no_input_and_one_key_twice_are_refused() -> None:
+    tau = ArrayDelta({"w": np.ones(1)})
     with pytest.raises(ColdmergeError) as caught:
-        whole("w", 1, tau, [Input("k", tau), Input("k", tau)], 1)
+        mean({"w": np.ones(1, np.float32)}, [Input("k", tau), Input("k", tau)])
     assert caught.value.code == "merge.duplicate_input"
+    with pytest.raises(ColdmergeError) as caught:
+        mean({"w": np.ones(1, np.float32)}, [])
+    assert caught.value.code == "merge.inputs"
 
 
 def test_a_sum_beyond_float32_is_refused() -> None:
-    huge = Memory(w=np.full(1, 3e38, np.float32))
+    huge = {"w": np.full(1, 3e38, np.float32)}
     with pytest.raises(ColdmergeError) as caught:
-        whole("w", 1, huge, [Input("k", huge)], 1)
+        mean(huge, [Input("k", ArrayDelta(huge))])
     assert caught.value.code == "task_vector.not_finite"
 
 
-def test_an_unknown_method_lists_the_known_ones() -> None:
-    assert merger("mean") is MEAN
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("method", ["mean", "linear", "ties"])
+def test_what_is_not_finite_is_refused_with_tensor_and_input(method: str, value: float) -> None:
+    good, bad = np.ones((4, 5)), np.ones((4, 5))
+    bad[3, 2] = value
     with pytest.raises(ColdmergeError) as caught:
-        merger("average")
-    assert caught.value.code == "merge.unknown_method"
-    assert caught.value.expected == "mean"
+        merged(method, {"w": good}, [{"w": good}, {"w": bad}], keys=["one", "two"])
+    assert caught.value.code == "merge.input_not_finite"
+    assert caught.value.ids == {"tensor": "w", "input": "two"}
 
 
-@pytest.mark.parametrize("change", ["digest", "shape", "name"])
-def test_a_folder_refuses_inputs_that_do_not_fit(tmp_path: Path, change: str) -> None:
-    base = folder(tmp_path / "base", {"w": torch.zeros(4)})
-    other: Memory = {
-        "digest": Memory(w=np.ones(4, np.float32)),
-        "shape": Memory(w=np.ones(5, np.float32)),
-        "name": Memory(x=np.ones(4, np.float32)),
-    }[change]
-    if change == "digest":
-        other.base_digest = "00" * 32
-    inputs = [Input("1", Memory(w=np.ones(4, np.float32))), Input("2", other)]
-    with pytest.raises(ColdmergeError) as caught:
-        merge(base, inputs, MEAN, tmp_path / "out")
-    expected = "task_vector.mixed_bases" if change == "digest" else "task_vector.does_not_fit"
-    assert caught.value.code == expected
-    assert not (tmp_path / "out").exists()
+class Seen(Merger):
+    """Writes down what it is given, and merges to zero."""
+
+    name: ClassVar[str] = "seen"
+    blocks: ClassVar[list[tuple[str, int, int]]] = []
+
+    def merge(self, block: Block, facts: Any) -> Floats64:
+        self.blocks.append((block.name, block.start, block.stop))
+        return np.zeros(block.size)
 
 
-def test_each_method_is_registered_under_its_name() -> None:
-    assert all(found.name == name for name, found in MERGERS.items())
+class Rows(Seen):
+    """The same, by rows."""
+
+    cut: ClassVar[Cut] = Cut.ROWS
+
+
+class Whole(Seen):
+    """The same, whole."""
+
+    cut: ClassVar[Cut] = Cut.WHOLE
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "expected"),
+    [
+        (Seen, (3, 7), [(0, 10), (10, 20), (20, 21)]),
+        (Rows, (3, 7), [(0, 7), (7, 14), (14, 21)]),
+        (Rows, (5, 2, 2), [(0, 8), (8, 16), (16, 20)]),
+        (Rows, (2, 30), [(0, 30), (30, 60)]),
+        (Rows, (25,), [(0, 25)]),
+        (Whole, (3, 7), [(0, 21)]),
+        (Seen, (0, 7), []),
+        (Rows, (0,), []),
+        (Whole, (), [(0, 1)]),
+    ],
+)
+def test_a_tensor_is_cut_as_the_merger_asks(
+    method: type[Seen], shape: tuple[int, ...], expected: list[tuple[int, int]]
+) -> None:
+    tau = ArrayDelta({"w": np.zeros(shape)})
+    recipe = uniform(method, {}, [1.0])
+    work = Job(ArraySource({"w": np.zeros(shape)}), {"w": shape}, [Input("1", tau)], recipe, 10)
+    Seen.blocks.clear()
+    with Pool(1) as pool:
+        assert sum(len(part) for part in work.tensor_in_order("w", pool)) == np.prod(shape)
+    assert [(start, stop) for _, start, stop in Seen.blocks] == expected
+
+
+class GlobalNorm(Merger):
+    """Divides the mean by the norm of all inputs over all tensors."""
+
+    name: ClassVar[str] = "global_norm"
+
+    @property
+    def scope(self) -> Scope:
+        return Scope.GLOBAL
+
+    def measure(self, view: View) -> float:
+        flat = [view.read(i, 0, view.size) for i in view.inputs]
+        parts = view.map_blocks(lambda block: float((block.stack().astype(np.float64) ** 2).sum()))
+        assert np.isclose(sum(parts), sum(float((x.astype(np.float64) ** 2).sum()) for x in flat))
+        return float(np.sqrt(sum(parts)))
+
+    def merge(self, block: Block, facts: float) -> Floats64:
+        return np.asarray(block.stack().astype(np.float64).mean(axis=0) / facts)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_global_measure_sees_every_tensor_end_to_end(threads: int) -> None:
+    rng = np.random.default_rng(0)
+    taus = [{"a": rng.standard_normal((4, 9)), "b": rng.standard_normal(17)} for _ in range(3)]
+    base = {"a": np.zeros((4, 9)), "b": np.zeros(17)}
+    inputs = [Input(str(i), ArrayDelta(tau)) for i, tau in enumerate(taus)]
+    recipe = uniform(GlobalNorm, {}, [1.0] * 3)
+    work = Job(ArraySource(base), {n: np.shape(x) for n, x in base.items()}, inputs, recipe, 8)
+    with Pool(threads) as pool:
+        work.survey(pool)
+        found = np.concatenate(list(work.tensor_in_order("a", pool)))
+    norm = np.sqrt(sum(np.sum(np.float32(x) ** 2) for tau in taus for x in tau.values()))
+    expected = np.mean([tau["a"] for tau in taus], axis=0).reshape(-1) / norm
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+class Theta(Merger):
+    """The first input as it is."""
+
+    name: ClassVar[str] = "theta"
+    space: ClassVar[Space] = Space.WEIGHTS
+
+    def merge(self, block: Block, facts: Any) -> Floats32:
+        return block.row(0)
+
+
+def test_a_merger_of_weights_can_be_applied_onto_another_master() -> None:
+    base, master = np.array([1, 2], np.float32), np.array([10, 20], np.float32)
+    recipe = uniform(Theta, {}, [1.0])
+    inputs = [Input("1", ArrayDelta({"w": [0.5, 0.25]}))]
+    work = Job(ArraySource({"w": base}), {"w": (2,)}, inputs, recipe)
+    with Pool(1) as pool:
+        assert list(next(work.tensor_in_order("w", pool))) == [1.5, 2.25]
+        onto = ArraySource({"w": master})
+        assert list(next(work.tensor_in_order("w", pool, onto))) == [10.5, 20.25]
+
+
+def test_matrices_wait_for_room_and_all_get_their_turn() -> None:
+    shapes = {f"w{i}": (8, 8 * (i + 1)) for i in range(6)}
+    base = {name: np.zeros(shape) for name, shape in shapes.items()}
+    recipe = uniform(Whole, {}, [1.0])
+    work = Job(ArraySource(base), shapes, [Input("1", ArrayDelta(base))], recipe)
+    Seen.blocks.clear()
+    with Pool(4) as pool:
+        pool.spread(lambda name: work.tensor(name, pool, lambda _at, _values: None), work.names)
+    assert sorted(name for name, _, _ in Seen.blocks) == sorted(shapes)
+
+
+def test_a_job_can_be_sent_to_another_process() -> None:
+    work = job("ties", {"w": np.zeros(50)}, [{"w": np.arange(50.0)}], each=[{"density": 0.5}])
+    again = pickle.loads(pickle.dumps(work))  # noqa: S301 - our own bytes
+    with Pool(1) as pool:
+        one, two = (np.concatenate(list(w.tensor_in_order("w", pool))) for w in (work, again))
+    np.testing.assert_array_equal(one, two)
+    assert np.count_nonzero(one) == 25

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from coldmerge.merging import Pool
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_results_come_in_the_order_of_the_items(threads: int) -> None:
+    with Pool(threads) as pool:
+        assert pool.spread(lambda x: x * x, range(100)) == [x * x for x in range(100)]
+        assert pool.spread(str, []) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_work_may_be_spread_from_inside_work(threads: int) -> None:
+    def outer(x: int) -> int:
+        return sum(pool.spread(lambda y: x * y, range(20)))
+
+    with Pool(threads) as pool:
+        assert pool.spread(outer, range(30)) == [190 * x for x in range(30)]
+
+
+def test_idle_threads_join_inner_work() -> None:
+    meeting = threading.Barrier(3, timeout=30)
+
+    def inner(_: int) -> int:
+        return meeting.wait()
+
+    with Pool(3) as pool:
+        found = pool.spread(lambda _: pool.spread(inner, range(3)), [0])
+    assert sorted(found[0]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_the_first_error_ends_the_work_and_is_raised(threads: int) -> None:
+    done: list[int] = []
+
+    def work(x: int) -> None:
+        if x == 5:
+            raise ValueError(x)
+        done.append(x)
+
+    with Pool(threads) as pool:
+        with pytest.raises(ValueError, match="5"):
+            pool.spread(work, range(10_000))
+        assert len(done) < 5 + 10 * threads + 1000
+        assert pool.spread(abs, [-1, -2]) == [1, 2], "the pool is good for more"
+
+
+def test_an_error_inside_inner_work_reaches_the_caller() -> None:
+    def outer(x: int) -> list[float]:
+        return pool.spread(lambda y: 1 / (y - x), range(4))
+
+    with Pool(3) as pool, pytest.raises(ZeroDivisionError):
+        pool.spread(outer, range(4))
+
+
+def test_no_thread_is_left_behind() -> None:
+    with Pool(4) as pool:
+        pool.spread(abs, range(100))
+    assert not [t for t in threading.enumerate() if t.name.startswith("merge-")]
