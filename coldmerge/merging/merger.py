@@ -38,6 +38,20 @@ class Scope(Enum):
     GLOBAL = "global"
 
 
+class BaseRole(Enum):
+    """What the model that a plan names as its base is to a method.
+
+    ORIGIN: what the inputs are measured from, and none of them; a plan must name one.
+    OPTIONAL: the same if a plan names one; if it does not, its merger gets `origin="zero"`
+    and the inputs are measured from zero. INPUT: an input like the others (the last, if the
+    plan's list of models leaves it out).
+    """
+
+    ORIGIN = "origin"
+    OPTIONAL = "optional"
+    INPUT = "input"
+
+
 class PerInput(BaseModel):
     """Parameters that each input of a merge has of its own."""
 
@@ -61,6 +75,7 @@ class Merger(BaseModel, ABC):
     Each: ClassVar[type[PerInput]] = PerInput
     cut: ClassVar[Cut] = Cut.ELEMENTS
     space: ClassVar[Space] = Space.DELTAS
+    base_role: ClassVar[BaseRole] = BaseRole.ORIGIN
 
     @property
     def scope(self) -> Scope:
@@ -71,6 +86,13 @@ class Merger(BaseModel, ABC):
     def needs(self) -> frozenset[str]:
         """Statistics that every input must ship: of `fisher`, `gram`, `trim`."""
         return frozenset()
+
+    def check_inputs(self, count: int) -> None:
+        """Check that the method can merge `count` inputs; a base that is the origin is none.
+
+        Raises:
+            ConfigError: it cannot.
+        """
 
     def measure(self, view: View) -> Any:
         """The first pass: facts about the inputs that `merge` needs before the first block."""

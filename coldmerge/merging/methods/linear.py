@@ -10,7 +10,7 @@ from pydantic import Field
 from coldmerge.core.dtypes import Floats32
 from coldmerge.core.errors import ConfigError
 from coldmerge.merging.block import Block
-from coldmerge.merging.merger import Merger, Space
+from coldmerge.merging.merger import BaseRole, Merger, Space
 
 
 class Linear(Merger):
@@ -18,6 +18,7 @@ class Linear(Merger):
 
     name: ClassVar[str] = "linear"
     space: ClassVar[Space] = Space.WEIGHTS
+    base_role: ClassVar[BaseRole] = BaseRole.INPUT
 
     normalize: bool = Field(default=True, description="Divide by the sum of the weights.")
 
