@@ -68,7 +68,7 @@ def apply(
 
 
 def add(vectors: Sequence[tuple[Delta, float]], out: Path | str) -> TaskVector:
-    """Write Σ wᵢτᵢ as a full fp32 task vector.
+    """Write Σ wᵢτᵢ as a full fp32 task vector, without statistics: they are not those of a sum.
 
     Raises:
         TaskVectorError: none given, or they start from different releases.
@@ -98,20 +98,22 @@ def add(vectors: Sequence[tuple[Delta, float]], out: Path | str) -> TaskVector:
 def scale(vector: TaskVector, factor: float, out: Path | str) -> TaskVector:
     """Write factor·τ in the vector's own kind and encoding.
 
-    Factors of a `lora` vector are copied as they are; their scaling changes.
+    Factors of a `lora` vector are copied as they are; their scaling changes. Statistics are
+    left out: they are of the weights that were trained.
 
     Raises:
         TaskVectorError: a product is not finite.
     """
     with VectorWriter(
         Path(out),
-        ((spec.name, spec.shape) for spec in vector.specs.values()),
+        ((key, vector.specs[key].shape) for key in vector.deltas),
         kind=vector.kind,
         encoding=vector.encoding,
         base_digest=vector.base_digest,
         scaling={name: value * factor for name, value in vector.scaling.items()},
     ) as writer:
-        for key, spec in vector.specs.items():
+        for key in vector.deltas:
+            spec = vector.specs[key]
             for start, stop in blocks(spec.size):
                 values = vector.stored(key, start, stop)
                 if key in vector.names:

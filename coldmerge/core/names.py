@@ -98,3 +98,13 @@ def split_factor(key: str) -> tuple[str, str]:
     """A task vector's key as (release tensor name, "A" | "B" | "" for a full delta)."""
     found = _FACTOR.fullmatch(key)
     return (found[1], found[2]) if found else (key, "")
+
+
+def split_key(key: str, statistics: Collection[str] = ()) -> tuple[str, str]:
+    """A task vector's key as (release tensor name, what of it).
+
+    That is "" for a full delta, "A" or "B" for a factor, or one of `statistics`, the kinds
+    that the vector says it ships. Where it ships none, `x.gram` is a tensor of that name.
+    """
+    name, _, last = key.rpartition(".")
+    return (name, last) if name and last in statistics else split_factor(key)

@@ -4,6 +4,8 @@ A task vector is a safetensors file with its tensors sorted by name; its data se
 byte for byte what travels. Key `<name>` holds the full delta of release tensor `<name>`;
 the pair `<name>.lora_A` (r, *rest) and `<name>.lora_B` (rows, r) with a scaling s stands
 for the delta s·B@A of shape (rows, *rest), which is the shape of the release tensor.
+Keys `<name>.fisher`, `.gram` and `.trim` are statistics where the metadata says that there
+are some: see `coldmerge.core.statistics`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import pairwise
@@ -19,14 +22,16 @@ from typing import Self, cast, get_args
 
 import numpy as np
 
-from coldmerge.core.documents import Encoding, Kind, TensorEntry
+from coldmerge.core.documents import Encoding, Kind, Statistic, TensorEntry
 from coldmerge.core.dtypes import ENCODINGS, NUMPY, Floats32, Floats64, blocks, size, to_float32
 from coldmerge.core.errors import NotFoundError, TaskVectorError
 from coldmerge.core.files import CHUNK_BYTES, PositionalFile
 from coldmerge.core.header import Described, Header, layout, parse_header, render_header
-from coldmerge.core.names import split_factor
+from coldmerge.core.names import split_key
+from coldmerge.core.statistics import DTYPE, parse_statistics, statistic_shape, statistics_json
 
 TILE = 2**17
+_DELTA = ("", "A", "B")
 
 
 def vector_header(
@@ -36,6 +41,7 @@ def vector_header(
     encoding: str,
     base_digest: str,
     scaling: Mapping[str, float],
+    statistics: Mapping[Statistic, float] | None = None,
     pad_to: int = 0,
 ) -> bytes:
     """The header of a task vector file: followed by the payload stream it is complete."""
@@ -45,11 +51,13 @@ def vector_header(
         "coldmerge.base_digest": base_digest,
         "coldmerge.scaling": json.dumps(dict(sorted(scaling.items())), separators=(",", ":")),
     }
+    if statistics:
+        metadata["coldmerge.statistics"] = statistics_json(statistics)
     return render_header(layout(entries), metadata, pad_to)
 
 
 class TaskVector:
-    """A task vector file, read a block at a time."""
+    """A task vector file, read a block at a time, from any number of threads at once."""
 
     def __init__(self, file: PositionalFile, header: Header) -> None:
         self._file = file
@@ -58,9 +66,13 @@ class TaskVector:
         self.payload_start = header.data_start
         self.kind: Kind
         self.encoding: Encoding
+        self.statistics: dict[Statistic, float]
         self.kind, self.encoding, self.base_digest, self.scaling = _metadata(header, file.path)
+        self.statistics = _statistics(header, file.path)
+        self._parts = {key: split_key(key, self.statistics) for key in self.specs}
         self._factors = _check_keys(self)
-        self._last: tuple[str, _Expansion] | None = None
+        _check_statistics(self)
+        self._mine = _Mine()
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -81,7 +93,12 @@ class TaskVector:
     @cached_property
     def names(self) -> frozenset[str]:
         """The release tensors that the vector changes."""
-        return frozenset(split_factor(key)[0] for key in self.specs)
+        return frozenset(self._parts[key][0] for key in self.deltas)
+
+    @cached_property
+    def deltas(self) -> tuple[str, ...]:
+        """The keys of `specs` that hold deltas or their factors: all but the statistics."""
+        return tuple(key for key, (_, part) in self._parts.items() if part in _DELTA)
 
     def entries(self) -> tuple[TensorEntry, ...]:
         """Every stored tensor with its sha256, in payload order; reads the file once."""
@@ -152,9 +169,30 @@ class TaskVector:
         return np.zeros(max(stop - start, 0), np.float32)
 
     def _expansion(self, name: str) -> _Expansion:
-        if self._last is None or self._last[0] != name:
-            self._last = (name, _Expansion(self, name))
-        return self._last[1]
+        last = self._mine.last
+        if last is None or last[0] != name:
+            last = self._mine.last = (name, _Expansion(self, name))
+        return last[1]
+
+    def has_statistic(self, name: str, kind: str) -> bool:
+        """Whether a statistic of release tensor `name` is in the file."""
+        return self._parts.get(f"{name}.{kind}") == (name, kind)
+
+    def statistic(self, name: str, kind: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the flattened statistic, float32, shape (stop - start,).
+
+        Raises:
+            NotFoundError: it was not shipped.
+        """
+        if not self.has_statistic(name, kind):
+            raise NotFoundError(
+                "task_vector.no_such_statistic",
+                f"The task vector ships no {kind} of tensor {name}.",
+                got=", ".join(sorted(self.statistics)) or "no statistics",
+                hint="Open the round with this merge method before anybody contributes.",
+                path=self.path,
+            )
+        return self.stored(f"{name}.{kind}", start, stop)
 
     def norm(self) -> float:
         """L2 norm over all deltas, factors multiplied out, summed in float64."""
@@ -166,6 +204,12 @@ class TaskVector:
         for start, stop in blocks(size(self.shape(name))):
             parts.append(sum_of_squares(self.block(name, start, stop)))
         return math.fsum(parts)
+
+
+class _Mine(threading.local):
+    """Each thread's last expanded tensor: neighbouring blocks come from the same tiles."""
+
+    last: tuple[str, _Expansion] | None = None
 
 
 class _Expansion:
@@ -236,6 +280,21 @@ def _metadata(header: Header, path: Path) -> tuple[Kind, Encoding, str, dict[str
     return cast(Kind, kind), cast(Encoding, encoding), digest, scaling
 
 
+def _statistics(header: Header, path: Path) -> dict[Statistic, float]:
+    text = header.metadata.get("coldmerge.statistics", "{}")
+    try:
+        return parse_statistics(text)
+    except (ValueError, RecursionError) as error:
+        raise TaskVectorError(
+            "task_vector.bad_statistics",
+            f"A task vector does not say what its statistics were made of: {error}.",
+            expected='coldmerge.statistics, such as {"fisher": 1000}',
+            got=text[:120],
+            hint="Extract it again; a task vector is not edited by hand.",
+            path=path,
+        ) from error
+
+
 def _check_keys(vector: TaskVector) -> frozenset[str]:
     """The names stored as factors.
 
@@ -243,22 +302,47 @@ def _check_keys(vector: TaskVector) -> frozenset[str]:
         TaskVectorError: tensors are not sorted, of another type, or factors do not pair up.
     """
     keys = list(vector.specs)
-    parts = [split_factor(key) for key in keys]
+    parts = [vector._parts[key] for key in vector.deltas]
     factors = frozenset(name for name, part in parts if part)
     full = {name for name, part in parts if not part}
-    wrong = [k for k in keys if vector.specs[k].dtype != ENCODINGS[vector.encoding]]
+    wrong = [k for k in vector.deltas if vector.specs[k].dtype != ENCODINGS[vector.encoding]]
     wrong += [name for name in factors if not _pairs_up(vector, name) or name in full]
     wrong += [after for before, after in pairwise(keys) if before >= after]
     wrong += sorted(factors ^ set(vector.scaling))
     if wrong or (factors and vector.kind == "full"):
-        raise TaskVectorError(
-            "task_vector.malformed",
-            f"A task vector is malformed at {min(wrong, default='its kind')}.",
-            expected=f"sorted {ENCODINGS[vector.encoding]} tensors; for lora, factors with scaling",
-            hint="Extract it again; a task vector is not edited by hand.",
-            path=vector.path,
-        )
+        expected = f"sorted {ENCODINGS[vector.encoding]} tensors; for lora, factors with scaling"
+        raise _malformed(vector, min(wrong, default="its kind"), expected)
     return factors
+
+
+def _check_statistics(vector: TaskVector) -> None:
+    """Hold the statistics against the tensors they are about.
+
+    Raises:
+        TaskVectorError: one does not fit its tensor, or there is none of a kind.
+    """
+    wrong = []
+    unseen = set(vector.statistics)
+    for key, (name, part) in vector._parts.items():
+        if part in _DELTA:
+            continue
+        unseen.discard(cast(Statistic, part))
+        shape = vector.shape(name) if name in vector.names else None
+        fits = shape is not None and statistic_shape(cast(Statistic, part), shape)
+        if (vector.specs[key].dtype, vector.specs[key].shape) != (DTYPE, fits):
+            wrong.append(key)
+    if wrong or unseen:
+        raise _malformed(vector, min([*wrong, *unseen]), f"{DTYPE} statistics of its tensors")
+
+
+def _malformed(vector: TaskVector, where: str, expected: str) -> TaskVectorError:
+    return TaskVectorError(
+        "task_vector.malformed",
+        f"A task vector is malformed at {where}.",
+        expected=expected,
+        hint="Extract it again; a task vector is not edited by hand.",
+        path=vector.path,
+    )
 
 
 def _pairs_up(vector: TaskVector, name: str) -> bool:

@@ -8,8 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from coldmerge.core.dtypes import ENCODINGS, Floats32, as_bytes, from_float32, nbytes
-from coldmerge.core.files import fsync_path, preallocate, write_all
+import numpy as np
+
+from coldmerge.core.documents import Statistic
+from coldmerge.core.dtypes import (
+    ENCODINGS,
+    NUMPY,
+    Floats32,
+    as_bytes,
+    from_float32,
+    nbytes,
+    to_float32,
+)
+from coldmerge.core.files import PositionalFile, fsync_path, preallocate, write_all
+from coldmerge.core.names import split_key
+from coldmerge.core.statistics import DTYPE
 from coldmerge.core.task_vector import TaskVector, vector_header
 
 AHEAD_BYTES = 64 * 2**20
@@ -39,11 +52,13 @@ class VectorWriter:
         encoding: str,
         base_digest: str,
         scaling: Mapping[str, float],
+        statistics: Mapping[Statistic, float] | None = None,
     ) -> None:
         self.path = path
         self.dtype = ENCODINGS[encoding]
         self._partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        self._planned = [Planned(key, self.dtype, shape) for key, shape in sorted(planned)]
+        self._statistics = dict(statistics or {})
+        self._planned = [self._plan(key, shape) for key, shape in sorted(planned)]
         self._facts = {"kind": kind, "encoding": encoding, "base_digest": base_digest}
         self._scaling = dict(scaling)
         self._reserved = len(self._header(self._planned))
@@ -51,20 +66,33 @@ class VectorWriter:
         self._end = self._at = self._allocated = self._reserved
         self._most = self._reserved + sum(nbytes(e.dtype, e.shape) for e in self._planned)
 
+    def _plan(self, key: str, shape: tuple[int, ...]) -> Planned:
+        part = split_key(key, self._statistics)[1]
+        return Planned(key, DTYPE if part in self._statistics else self.dtype, shape)
+
     def _header(self, entries: list[Planned], pad_to: int = 0) -> bytes:
         present = {entry.name for entry in entries}
         scaling = {k: v for k, v in self._scaling.items() if f"{k}.lora_A" in present}
-        return vector_header(entries, **self._facts, scaling=scaling, pad_to=pad_to)
+        return vector_header(
+            entries, **self._facts, scaling=scaling, statistics=self._statistics, pad_to=pad_to
+        )
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self._fd = os.open(self._partial, flags, 0o600)
+        self._reader = PositionalFile(self._partial)
         return self
 
     def append(self, values: Floats32) -> None:
         """Append elements to the current tensor, encoded."""
-        data = as_bytes(from_float32(values, self.dtype))
+        self._append(as_bytes(from_float32(values, self.dtype)))
+
+    def append_statistic(self, values: Floats32) -> None:
+        """Append elements to the current tensor, which is a statistic, as they are."""
+        self._append(as_bytes(from_float32(values, DTYPE)))
+
+    def _append(self, data: memoryview) -> None:
         if self._at + len(data) > self._allocated < self._most:
             ahead = min(self._at + len(data) + AHEAD_BYTES, self._most)
             preallocate(self._fd, ahead - self._allocated, self._allocated)
@@ -74,8 +102,15 @@ class VectorWriter:
 
     def keep(self, key: str, shape: tuple[int, ...]) -> None:
         """End the current tensor: what was appended since the last one is tensor `key`."""
-        self._kept.append(Planned(key, self.dtype, shape))
+        self._kept.append(self._plan(key, shape))
         self._end = self._at
+
+    def current(self, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the current tensor of deltas, as they were stored."""
+        kind = NUMPY[self.dtype]
+        out = np.empty(stop - start, kind)
+        self._reader.read_into(as_bytes(out), self._end + start * kind.itemsize)
+        return to_float32(out)
 
     def drop(self) -> None:
         """Forget what was appended since the last tensor ended."""
@@ -96,6 +131,7 @@ class VectorWriter:
                 fsync_path(self.path.parent)
         finally:
             os.close(self._fd)
+            self._reader.close()
             self._partial.unlink(missing_ok=True)
 
     def open(self) -> TaskVector:
