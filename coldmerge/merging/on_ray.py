@@ -7,6 +7,7 @@ tensor travels through Ray. The bytes are those of the engine on one machine.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -116,8 +117,14 @@ def _ray() -> Any:
 
 def _connect(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS", "auto")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of its future
     try:
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+        ray.init(
+            address=address,
+            ignore_reinit_error=True,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     except (ConnectionError, ray.exceptions.RaySystemError, ValueError) as error:
         raise UnavailableError(
             "ray.no_cluster",
