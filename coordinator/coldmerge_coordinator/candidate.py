@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from coldmerge.core.digests import Content
 from coldmerge.core.documents import Manifest, TensorEntry
-from coldmerge.core.dtypes import Floats32, blocks, nbytes, size
+from coldmerge.core.dtypes import blocks, nbytes
 from coldmerge.core.errors import IntegrityError, ResourceError
 from coldmerge.core.files import CHUNK_BYTES, PositionalFile
 from coldmerge.core.task_vector import TaskVector
-from coldmerge.merging.engine import Input, merge_tensor
-from coldmerge.merging.methods import merger
+from coldmerge.merging import Input, Job, Pool, merger_class, uniform
+from coldmerge.merging.pool import processors
 from coldmerge.rounds.policy import MergePolicy
+from coldmerge_coordinator.sources import Beat, Beating, Blobs
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.tensor_sink import TensorSink
 
-Beat = Callable[[], None]
+MAX_THREADS = 16
+"""Memory is O(threads), so that a large machine does not need more than a small one has."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Sealed:
 
 
 @dataclass(frozen=True)
-class Job:
+class Work:
     """All that a merge depends on: the base release, its masters, the inputs, the recipe."""
 
     base: Content
@@ -53,19 +55,8 @@ class Candidate:
     masters: dict[str, str]
 
 
-class MasterSource:
-    """The fp32 masters of a release, read a block at a time."""
-
-    def __init__(self, blobs: BlobStore, masters: Mapping[str, str]) -> None:
-        self._blobs, self._masters = blobs, masters
-
-    def block(self, name: str, start: int, stop: int) -> Floats32:
-        """Elements [start, stop) of the flattened master of `name`."""
-        return self._blobs.block(self._masters[name], "F32", start, stop)
-
-
-def build(blobs: BlobStore, job: Job, beat: Beat) -> Candidate:
-    """Merge tensor by tensor; `beat` is called at least once a block.
+def build(blobs: BlobStore, work: Work, beat: Beat) -> Candidate:
+    """Merge tensor by tensor; `beat` is called at least once a block, from any thread.
 
     The new master is float32(float64(master) + τ), rounded once; what is published is its
     rendering in the base's type. Tensors that no input touches keep their blobs.
@@ -73,22 +64,41 @@ def build(blobs: BlobStore, job: Job, beat: Beat) -> Candidate:
     Raises:
         IntegrityError: an input's file is not what its manifest promised.
         CheckpointError: the result does not fit the published type.
+        ConfigError: there is no such method, or not with these parameters.
         ResourceError: the disk is too small.
     """
-    vectors = [TaskVector.open(sealed.payload) for sealed in job.inputs]
+    vectors = [TaskVector.open(sealed.payload) for sealed in work.inputs]
     touched = frozenset[str]().union(*(vector.names for vector in vectors))
-    _check_disk(blobs.folder, job.base, touched)
-    inputs = []
-    for sealed, vector in zip(job.inputs, vectors, strict=True):
+    _check_disk(blobs.folder, work.base, touched)
+    for sealed, vector in zip(work.inputs, vectors, strict=True):
         _verify(sealed, vector, beat)
-        weight = float(sealed.manifest.examples) if job.policy.weights == "examples" else 1.0
-        inputs.append(Input(sealed.manifest.digest(), vector, weight))
-    tensors, masters = [], dict(job.masters)
-    for entry in job.base.tensors:
-        if entry.name in touched and entry.name in masters:
-            entry, masters[entry.name] = _merge(blobs, job, entry, inputs, beat)
-        tensors.append(entry)
-    return Candidate(Content(tuple(tensors), job.base.files), masters)
+    job = _job(blobs, work, vectors, beat)
+    tensors, masters = [], dict(work.masters)
+    with Pool(min(processors(), MAX_THREADS)) as pool:
+        job.survey(pool)
+        for entry in work.base.tensors:
+            if entry.name in touched and entry.name in masters:
+                entry, masters[entry.name] = _merge(blobs, work, entry, job, pool, beat)
+            tensors.append(entry)
+    return Candidate(Content(tuple(tensors), work.base.files), masters)
+
+
+def _job(blobs: BlobStore, work: Work, vectors: Sequence[TaskVector], beat: Beat) -> Job:
+    """The merge of the published tensors, in the order of the manifests' digests."""
+    inputs = []
+    for sealed, vector in zip(work.inputs, vectors, strict=True):
+        weight = float(sealed.manifest.examples) if work.policy.weights == "examples" else 1.0
+        key = sealed.manifest.digest()
+        inputs.append(Input(key, Beating(vector, beat), weight, sealed.manifest.contributor))
+    inputs.sort(key=lambda item: item.key)
+    recipe = uniform(
+        merger_class(work.policy.method),
+        work.policy.parameters,
+        [item.weight for item in inputs],
+    )
+    entries = [work.base.by_name[name] for name in work.masters]
+    published = Blobs(blobs, {entry.name: (entry.sha256, entry.dtype) for entry in entries})
+    return Job(published, {entry.name: entry.shape for entry in entries}, inputs, recipe)
 
 
 def _verify(sealed: Sealed, vector: TaskVector, beat: Beat) -> None:
@@ -120,12 +130,11 @@ def _corrupt(sealed: Sealed, where: str) -> IntegrityError:
 
 
 def _merge(
-    blobs: BlobStore, job: Job, entry: TensorEntry, inputs: Sequence[Input], beat: Beat
+    blobs: BlobStore, work: Work, entry: TensorEntry, job: Job, pool: Pool, beat: Beat
 ) -> tuple[TensorEntry, str]:
-    master = MasterSource(blobs, job.masters)
-    chosen = merger(job.policy.method)
+    masters = Blobs(blobs, {entry.name: (work.masters[entry.name], "F32")})
     with TensorSink(blobs, entry.name, entry.dtype) as sink:
-        for block in merge_tensor(entry.name, size(entry.shape), master, inputs, chosen):
+        for block in job.tensor_in_order(entry.name, pool, onto=masters):
             sink.write(block)
             beat()
         stored = sink.commit()

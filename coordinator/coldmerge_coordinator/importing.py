@@ -19,7 +19,7 @@ from coldmerge.core.header import TensorSpec
 from coldmerge.core.ids import IDENTIFIER_RULE, is_identifier
 from coldmerge.core.names import is_private
 from coldmerge.core.progress import Advance, Counter, Progress, silent
-from coldmerge.merging.methods import merger
+from coldmerge.merging import merger_class
 from coldmerge.rounds.policy import RoundTemplate
 from coldmerge.wire.channel import MAX_DOCUMENT_IN_MESSAGE
 from coldmerge.wire.convert import tensor_to_proto
@@ -125,7 +125,7 @@ def check_template(template: RoundTemplate, now: datetime) -> None:
     Raises:
         ConfigError: no such merge method, or a schedule that never comes due.
     """
-    merger(template.merge.method)
+    merger_class(template.merge.method)
     if template.schedule is not None:
         next_tick(template.schedule.cron, template.schedule.timezone, now)
 

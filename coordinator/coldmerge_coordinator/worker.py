@@ -26,7 +26,7 @@ from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ColdmergeError, ConflictError, ResourceError, UnavailableError
 from coldmerge.core.files import raise_if_full
 from coldmerge.rounds.state import MergeDone, MergeFailed, MergeStarted, State
-from coldmerge_coordinator.candidate import Candidate, Job, Sealed, build
+from coldmerge_coordinator.candidate import Candidate, Sealed, Work, build
 from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.store import Store, contributions, leases, notices, rounds
 from coldmerge_coordinator.store import releases as release_table
@@ -107,9 +107,8 @@ class Worker:
         logger = log.bind(round=round_id)
         try:
             with _disk_errors():
-                candidate = build(
-                    self._store.blobs, self._job(round_id), _Heart(self, round_id, held).beat
-                )
+                heart = _Heart(self, round_id, held)
+                candidate = build(self._store.blobs, self._work_of(round_id), heart.beat)
                 self._finish(round_id, held, candidate)
             logger.info("merge.done", candidate=candidate.content.digest)
         except (_Interrupted, UnavailableError) as reason:
@@ -125,11 +124,11 @@ class Worker:
             logger.exception("merge.failed", error=_sentence(error))
             self._fail(round_id, held, error)
 
-    def _job(self, round_id: str) -> Job:
+    def _work_of(self, round_id: str) -> Work:
         with self._store.database.read() as session:
             row = rounds.get(session, round_id)
             base = release_table.get_release(session, row.model, row.base_number)
-            return Job(
+            return Work(
                 base=release_table.get_listing(session, base.content_digest),
                 masters=release_table.get_masters(session, base.master_digest),
                 inputs=[
@@ -198,17 +197,19 @@ class Worker:
 
 
 class _Heart:
-    """Renews the lease now and then, called once a block."""
+    """Renews the lease now and then, called once a block, by any thread of the merge."""
 
     def __init__(self, worker: Worker, round_id: str, held: Held) -> None:
         self._worker, self._round, self._held = worker, round_id, held
         self._last = worker.now_or_stop()
+        self._lock = threading.Lock()
 
     def beat(self) -> None:
-        now = self._worker.now_or_stop()
-        if now - self._last >= BEAT:
-            self._worker.hold(self._round, self._held)
-            self._last = now
+        with self._lock:
+            now = self._worker.now_or_stop()
+            if now - self._last >= BEAT:
+                self._worker.hold(self._round, self._held)
+                self._last = now
 
 
 @contextmanager
