@@ -13,6 +13,7 @@ from coldmerge.cli import (
     contributor,
     coordinator,
     demo,
+    merge,
     models,
     people,
     releases,
@@ -30,7 +31,18 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for group in (coordinator, models, people, rounds, releases, contributor, contributions, demo):
+_GROUPS = (
+    merge,
+    coordinator,
+    models,
+    people,
+    rounds,
+    releases,
+    contributor,
+    contributions,
+    demo,
+)
+for group in _GROUPS:
     group.register(app)
 
 
