@@ -21,6 +21,7 @@ says what to do next. The class decides the gRPC status and the exit status.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 
@@ -50,6 +51,10 @@ class ColdmergeError(Exception):
         self.expected = None if expected is None else str(expected)
         self.got = None if got is None else str(got)
         self.ids = {key: str(value) for key, value in ids.items() if value is not None}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        make = partial(type(self), hint=self.hint, expected=self.expected, got=self.got)
+        return partial(make, **self.ids), (self.code, self.message)
 
     def __str__(self) -> str:
         lines = [f"{self.message} [{self.code}]"]

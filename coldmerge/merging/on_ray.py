@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from coldmerge.merging.pool import Pool
 
 TASKS_PER_PROCESSOR = 4
 """Enough that a slow machine delays the end by little, few enough that start-up is small."""
+
+KNOCK_SECONDS = 10
 
 
 def on_ray(work: Work, threads: int | None, progress: Progress) -> dict[str, str]:
@@ -119,13 +122,14 @@ def _connect(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS", "auto")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of its future
     try:
+        _knock(address)
         ray.init(
             address=address,
             ignore_reinit_error=True,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except (ConnectionError, ray.exceptions.RaySystemError, ValueError) as error:
+    except (OSError, ray.exceptions.RaySystemError, ValueError) as error:
         raise UnavailableError(
             "ray.no_cluster",
             "There is no Ray cluster to merge on.",
@@ -133,3 +137,14 @@ def _connect(ray: Any) -> None:
             got=str(error).strip().splitlines()[0],
             hint="Start one with `ray start --head`, or name one in RAY_ADDRESS.",
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Fail at once where nobody listens: Ray itself tries for minutes, then ends the process.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
