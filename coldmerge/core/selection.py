@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from math import ceil, floor, sqrt
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -88,52 +88,99 @@ def _partition(values: Floats32, ranks: Sequence[int]) -> tuple[np.float32, ...]
     return tuple(values[place] for place in places)
 
 
+class Seen(NamedTuple):
+    """Of some elements: how many lie above a bracket's lower bound, and those within it."""
+
+    over: int
+    within: int
+    values: Floats32
+    counts: npt.NDArray[np.int64] | None = None
+    """How often each of `values` occurs; None: once each."""
+
+
+class Bracket:
+    """A guess, from a sample, of bounds around the magnitude that a `share` of a stream reach.
+
+    `look` at every element of the stream once, in parts, from any thread: what it saw, in
+    any order, gives `find` the exact threshold. Holds at most MOST_COLLECTED elements.
+    """
+
+    def __init__(self, sample: Floats32, share: float) -> None:
+        """`sample` holds magnitudes, shape (runs, RUN), from `sample_places`."""
+        self._low, self._high = _bracket(sample, share)
+        middle = np.nextafter(self._low, np.float32(np.inf))
+        one = middle >= 0 and np.nextafter(middle, np.float32(np.inf)) == self._high
+        self._only = middle if one else None
+        self._collected = 0
+
+    def look(self, magnitudes: Floats32) -> Seen:
+        """What lies above the bracket and within it."""
+        over = magnitudes > self._low
+        total = int(np.count_nonzero(over))
+        within = magnitudes < self._high
+        within &= over
+        if self._only is not None or self._collected > MOST_COLLECTED:
+            return Seen(total, int(np.count_nonzero(within)), np.empty(0, np.float32))
+        inside = magnitudes.compress(within)
+        found = Seen(total, len(inside), inside)
+        if len(inside) > len(magnitudes) // 32:  # narrow floats take few values: count them
+            values, counts = np.unique(inside, return_counts=True)
+            if len(values) < len(inside) // 4:
+                found = Seen(total, len(inside), values, counts)
+        self._collected += len(found.values)
+        return found
+
+    def find(self, seen: Sequence[Seen], rank: int) -> np.float32 | None:
+        """The rank-th largest magnitude; None where it was not collected."""
+        total, held = sum(one.over for one in seen), sum(one.within for one in seen)
+        place = rank - (total - held)
+        if rank > total and self._low == 0:
+            return np.float32(0)
+        if not 1 <= place <= held:
+            return None
+        if self._only is not None:
+            return np.float32(self._only)
+        values = np.concatenate([one.values for one in seen])
+        if any(one.counts is not None for one in seen):
+            counts = [np.ones(len(o.values), int) if o.counts is None else o.counts for o in seen]
+            falling = np.argsort(-values)
+            reached = np.cumsum(np.concatenate(counts)[falling])
+            if reached[-1] == held:
+                return np.float32(values[falling[np.searchsorted(reached, place)]])
+        return _partition(values, [place])[0] if len(values) == held else None
+
+
 def _bracketed(
     read: Read, size: int, ranks: Sequence[int], block: int
 ) -> tuple[np.float32, ...] | None:
     """By a bracket from a sample; None where it does not hold the threshold."""
-    sample = _sample(read, size)
-    brackets = [_bracket(sample, rank / size) for rank in ranks]
-    above = [0] * len(ranks)
-    inside: list[list[Floats32]] = [[] for _ in ranks]
-    collected = 0
+    sample = np.abs([read(*place) for place in sample_places(size)])
+    brackets = [Bracket(sample, rank / size) for rank in ranks]
+    seen: list[list[Seen]] = [[] for _ in ranks]
     room = np.empty(block, np.float32)
-    masks = np.empty((2, block), np.bool_)
     for start, stop in blocks(size, block):
         values = np.abs(read(start, stop), out=room[: stop - start])
-        over, within = masks[:, : stop - start]
-        for number, (low, high) in enumerate(brackets):
-            np.greater(values, low, out=over)
-            above[number] += int(np.count_nonzero(over))
-            np.less(values, high, out=within)
-            within &= over
-            inside[number].append(values[within])
-            collected += len(inside[number][-1])
-        if collected > MOST_COLLECTED:
-            return None
+        for bracket, parts in zip(brackets, seen, strict=True):
+            parts.append(bracket.look(values))
     found = []
-    for rank, (low, _), total, parts in zip(ranks, brackets, above, inside, strict=True):
-        held = np.concatenate(parts)
-        place = rank - (total - len(held))
-        if rank > total and low == 0:
-            found.append(np.float32(0))
-        elif 1 <= place <= len(held):
-            found += _partition(held, [place])
-        else:
+    for bracket, parts, rank in zip(brackets, seen, ranks, strict=True):
+        value = bracket.find(parts, rank)
+        if value is None:
             return None
+        found.append(value)
     return tuple(found)
 
 
-def _sample(read: Read, size: int) -> Floats32:
-    """Magnitudes of runs spread over everything, shape (runs, RUN), always the same ones."""
+def sample_places(size: int) -> list[tuple[int, int]]:
+    """Ranges of RUN elements spread over `size` > WHOLE elements, always the same ones."""
     runs = min(ceil(2 * size ** (2 / 3)), MOST_SAMPLED, size) // RUN
     stride = size / runs
-    found = np.empty((runs, RUN), np.float32)
-    for number in range(runs):
-        # The golden ratio spreads the runs evenly without ever being in step with the rows.
-        start = int(number * stride + (number * 0.6180339887 % 1) * (stride - RUN))
-        np.abs(read(start, start + RUN), out=found[number])
-    return found
+    # The golden ratio spreads the runs evenly without ever being in step with the rows.
+    starts = (
+        int(number * stride + (number * 0.6180339887 % 1) * (stride - RUN))
+        for number in range(runs)
+    )
+    return [(start, start + RUN) for start in starts]
 
 
 def _bracket(sample: Floats32, share: float) -> tuple[np.float32, np.float32]:

@@ -173,9 +173,13 @@ class View:
 
     def read(self, i: int, start: int, stop: int) -> Floats32:
         """Elements [start, stop) of input `i` over the view, shape (stop - start,)."""
-        parts = []
-        for name, (first, last) in self._spans:
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                parts.append(self._job.block(name, low - first, high - first).row(i))
+        parts = [block.row(i) for block in self.between(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
+
+    def between(self, start: int, stop: int) -> list[Block]:
+        """The blocks, one of each tensor, that hold elements [start, stop) of the view."""
+        return [
+            self._job.block(name, max(start, first) - first, min(stop, last) - first)
+            for name, (first, last) in self._spans
+            if max(start, first) < min(stop, last)
+        ]

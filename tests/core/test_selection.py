@@ -148,11 +148,24 @@ def test_ordinary_values_need_no_second_pass() -> None:
         assert found is not None
 
 
-def test_too_many_equal_values_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_close_values_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "MOST_COLLECTED", 1000)
-    values = equal(MANY)
-    assert selection._bracketed(over(values), MANY, [MANY // 5], 2**16) is None
-    assert kth_magnitude(over(values), MANY, MANY // 5) == 0.25
+    values = normal(MANY)
+    assert selection._bracketed(over(values), MANY, [MANY // 2], 2**16) is None
+    assert kth_magnitude(over(values), MANY, MANY // 2) == by_numpy(values, MANY // 2)
+
+
+@pytest.mark.parametrize("density", [0.2, 1 / 3, 0.5])
+def test_equal_values_are_counted_rather_than_collected(
+    monkeypatch: pytest.MonkeyPatch, density: float
+) -> None:
+    monkeypatch.setattr(selection, "MOST_COLLECTED", 100)
+    close = equal(MANY)
+    close[::2] = np.nextafter(close[::2], np.float32(1))
+    for values in (equal(MANY), two_values(MANY), close):
+        for rank in range(kept(density, MANY) - 1, kept(density, MANY) + 2):
+            found = selection._bracketed(over(values), MANY, [rank], 2**16)
+            assert found == (by_numpy(values, rank),)
 
 
 def test_tensors_end_to_end_are_one_vector() -> None:
