@@ -10,17 +10,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from coldmerge.core.adapters import CONFIG, Adapter, Target
 from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.documents import TensorEntry
+from coldmerge.core.documents import Statistic, TensorEntry
 from coldmerge.core.dtypes import Floats32, blocks, from_float32, size, to_float32
 from coldmerge.core.errors import TaskVectorError
 from coldmerge.core.matching import Matching, match_folder, sort_out
+from coldmerge.core.names import split_key
 from coldmerge.core.progress import Advance
-from coldmerge.core.task_vector import TaskVector, sum_of_squares
+from coldmerge.core.selection import kept, kth_magnitude
+from coldmerge.core.statistics import NOTHING, Wanted, statistic_shape
+from coldmerge.core.task_vector import Expansion, TaskVector, sum_of_squares
 from coldmerge.core.vector_writer import VectorWriter
 
 Read = Callable[[str, int, int], Floats32]
@@ -56,12 +60,14 @@ class _Job:
     source: str = ""
     target: Target | None = None
 
-    def stored(self, adapter: Adapter | None) -> list[tuple[str, tuple[int, ...]]]:
-        """Keys and shapes that this job may write."""
-        if self.target is None or adapter is None:
-            return [(self.name, self.shape)]
-        a, b = adapter.shapes(self.target, self.shape)
-        return [(f"{self.name}.lora_A", a), (f"{self.name}.lora_B", b)]
+
+class _Piece(NamedTuple):
+    """One tensor of the file that may be written. `part` is as in `names.split_key`."""
+
+    key: str
+    shape: tuple[int, ...]
+    job: _Job
+    part: str
 
 
 def extract(
@@ -72,73 +78,65 @@ def extract(
     base_digest: str,
     private: Sequence[str] = (),
     encoding: str = "fp32",
+    statistics: Wanted = NOTHING,
     progress: Advance | None = None,
 ) -> Extraction:
     """Write the task vector of `tuned` (a model folder or a PEFT adapter folder) to `out`.
 
     `private` are patterns of tensors that never leave; `encoding` is `fp32` or `bf16`.
+    `statistics` are shipped of the tensors that are shipped, and of no other.
     `progress` is called with the number of elements done since the last call.
 
     Raises:
         CheckpointError: a folder cannot be read.
         TaskVectorError: shapes differ, a value is NaN or Inf, the adapter is of another
-            kind, or nothing changed.
+            kind, nothing changed, or a statistic is missing.
     """
     tuned, out = Path(tuned), Path(out)
-    if (tuned / CONFIG).is_file():
-        return _extract_adapter(base, tuned, out, base_digest, private, encoding, progress)
-    model = Checkpoint.open(tuned)
-    matching = match_folder(base, model, private)
-    jobs = [_Job(name, base.shape(name), source) for name, source in sorted(matching.pairs.items())]
-    with VectorWriter(
-        out,
-        [pair for job in jobs for pair in job.stored(None)],
-        kind="full",
-        encoding=encoding,
-        base_digest=base_digest,
-        scaling={},
-    ) as writer:
-        squares = {job.name: _write_full(base, model.block, job, writer, progress) for job in jobs}
-        _check_changed(writer, tuned, matching)
-    return _result(writer.open(), matching, squares)
-
-
-def _extract_adapter(
-    base: Checkpoint,
-    folder: Path,
-    out: Path,
-    base_digest: str,
-    private: Sequence[str],
-    encoding: str,
-    progress: Advance | None,
-) -> Extraction:
-    adapter = Adapter(folder)
-    targets = {target.weight: target for target in adapter.targets.values()}
-    specs = dict(adapter.whole)
-    for weight, target in targets.items():
-        specs[weight] = adapter.specs[target.a]
-    matching = sort_out(base, specs, folder, private, deltas=frozenset(targets))
+    adapter = Adapter(tuned) if (tuned / CONFIG).is_file() else None
+    read: Read
+    targets: dict[str, Target] = {}
+    if adapter is None:
+        model = Checkpoint.open(tuned)
+        read, matching = model.block, match_folder(base, model, private)
+    else:
+        read, targets = adapter.values, {t.weight: t for t in adapter.targets.values()}
+        specs = {**adapter.whole, **{name: adapter.specs[t.a] for name, t in targets.items()}}
+        matching = sort_out(base, specs, tuned, private, deltas=frozenset(targets))
     jobs = [
         _Job(name, base.shape(name), source, targets.get(source))
         for name, source in matching.pairs.items()
     ]
-    jobs.sort(key=lambda job: job.stored(adapter)[0])
+    _check_names(jobs, statistics)
+    pieces = sorted(piece for job in jobs for piece in _pieces(job, adapter, statistics))
     with VectorWriter(
         out,
-        [pair for job in jobs for pair in job.stored(adapter)],
-        kind="lora",
+        [(piece.key, piece.shape) for piece in pieces],
+        kind="full" if adapter is None else "lora",
         encoding=encoding,
         base_digest=base_digest,
         scaling={job.name: job.target.scaling for job in jobs if job.target},
+        statistics=statistics.counts,
     ) as writer:
-        squares = {}
-        for job in jobs:
-            if job.target is None:
-                squares[job.name] = _write_full(base, adapter.values, job, writer, progress)
-            else:
-                squares[job.name] = _write_factors(adapter, job, job.target, writer, progress)
-        _check_changed(writer, folder, matching)
-    return _result(writer.open(), matching, squares)
+        work = _Work(base, read, adapter, writer, statistics, progress)
+        for piece in pieces:
+            work.write(piece)
+        _check_changed(writer, tuned, matching)
+        work.check_statistics()
+    return _result(writer.open(), matching, work.squares)
+
+
+def _pieces(job: _Job, adapter: Adapter | None, wanted: Wanted) -> Iterator[_Piece]:
+    """What may be written of one release tensor."""
+    if job.target is None or adapter is None:
+        yield _Piece(job.name, job.shape, job, "")
+    else:
+        for part, extents in zip("AB", adapter.shapes(job.target, job.shape), strict=True):
+            yield _Piece(f"{job.name}.lora_{part}", extents, job, part)
+    for kind in wanted.counts:
+        shape = statistic_shape(kind, job.shape)
+        if wanted.has(job.name, kind, job.shape) and shape is not None:
+            yield _Piece(f"{job.name}.{kind}", shape, job, kind)
 
 
 def _result(vector: TaskVector, matching: Matching, squares: dict[str, float]) -> Extraction:
@@ -154,24 +152,119 @@ def _result(vector: TaskVector, matching: Matching, squares: dict[str, float]) -
     )
 
 
-def _write_full(
-    base: Checkpoint, read: Read, job: _Job, writer: VectorWriter, progress: Advance | None
-) -> float:
-    """Append one full delta; gives the sum of the squares of what was stored."""
-    total = 0.0
-    for delta in _deltas(base, read, job):
-        stored = to_float32(from_float32(delta, writer.dtype))
-        square = sum_of_squares(stored)
-        _check_finite(square, job)
-        total += square
-        writer.append(stored)
-        if progress:
-            progress(len(delta))
-    if total > 0:
-        writer.keep(job.name, job.shape)
-    else:
-        writer.drop()
-    return total
+class _Work:
+    """An extraction under way, in the order of the file.
+
+    A full delta comes before its statistics; of a LoRA target the factors are read when the
+    first of its pieces comes, to know whether it is shipped at all, and dropped after the last.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        read: Read,
+        adapter: Adapter | None,
+        writer: VectorWriter,
+        wanted: Wanted,
+        progress: Advance | None,
+    ) -> None:
+        self.squares: dict[str, float] = {}
+        self._base, self._read, self._adapter = base, read, adapter
+        self._writer, self._wanted, self._progress = writer, wanted, progress
+        self._factors: dict[str, tuple[Floats32, Floats32]] = {}
+        self._shipped: dict[str, bool] = {}
+        self._trims: dict[str, np.float32] = {}
+        self._written: dict[str, set[str]] = {}
+
+    def write(self, piece: _Piece) -> None:
+        """Append one piece, if its tensor is shipped."""
+        job, part = piece.job, piece.part
+        if part == "":
+            self._full(job)
+        elif self._ships(job):
+            self._rest(piece)
+        if self._shipped[job.name]:
+            self._writer.keep(piece.key, piece.shape)
+            self._written.setdefault(part, set()).add(job.name)
+        else:
+            self._writer.drop()
+
+    def check_statistics(self) -> None:
+        """Hold what was written against what is wanted.
+
+        Raises:
+            TaskVectorError: a statistic of a tensor that is shipped is missing.
+        """
+        shipped = self._written.get("", set()) | self._written.get("A", set())
+        for kind in self._wanted.counts:
+            missing = shipped - self._written.get(kind, set())
+            if missing and (kind != "gram" or missing == shipped):
+                whose = "at least one linear layer" if kind == "gram" else "each tensor"
+                raise TaskVectorError(
+                    "extract.no_statistic",
+                    f"The fine-tune has no {kind} of tensor {min(missing)}.",
+                    expected=f"one of {whose} that is shipped",
+                    got=f"of {len(shipped) - len(missing)} of {len(shipped)} tensors",
+                    hint="Measure again with `coldmerge train`; docs/training.md says how.",
+                )
+
+    def _full(self, job: _Job) -> None:
+        """Append one full delta, and note the sum of the squares of what was stored."""
+        total = 0.0
+        for delta in _deltas(self._base, self._read, job):
+            stored = to_float32(from_float32(delta, self._writer.dtype))
+            square = sum_of_squares(stored)
+            _check_finite(square, job)
+            total += square
+            self._writer.append(stored)
+            if self._progress:
+                self._progress(len(delta))
+        self.squares[job.name] = total
+        self._shipped[job.name] = total > 0
+        if total > 0:
+            self._trim(job, self._writer.current)
+
+    def _ships(self, job: _Job) -> bool:
+        """Whether a tensor is shipped; a LoRA target's factors are read to know it."""
+        if job.name not in self._shipped and job.target is not None and self._adapter is not None:
+            factors = self._adapter.factors(job.target, job.shape)
+            squares = [sum_of_squares(factor.reshape(-1)) for factor in factors]
+            for square in squares:
+                _check_finite(square, job)
+            self._shipped[job.name] = all(squares)
+            self._factors[job.name] = factors
+            if self._progress:
+                self._progress(size(job.shape))
+        return self._shipped[job.name]
+
+    def _rest(self, piece: _Piece) -> None:
+        """Append a factor or a statistic."""
+        job, part, measured = piece.job, piece.part, self._wanted.measured
+        if part == "A":
+            self._writer.append(self._factors[job.name][0].reshape(-1))
+        elif part == "B":
+            self._writer.append(self._factors[job.name][1].reshape(-1))
+            self._trim(job, self._product(job))
+        elif part == "trim" or measured is None:
+            self._writer.append_statistic(np.array([self._trims.pop(job.name)]))
+        else:
+            for start, stop in blocks(size(piece.shape)):
+                values = measured.block(job.name, cast(Statistic, part), start, stop)
+                self._writer.append_statistic(values)
+
+    def _product(self, job: _Job) -> Callable[[int, int], Floats32]:
+        """A reader of s·B@A, from the factors as they are stored."""
+        factors = self._factors.pop(job.name)
+        a, b = (to_float32(from_float32(factor, self._writer.dtype)) for factor in factors)
+        flat, scaling = b.reshape(-1), job.target.scaling if job.target else 1.0
+        return Expansion(a.reshape(len(a), -1), lambda i, j: flat[i:j], len(b), scaling).block
+
+    def _trim(self, job: _Job, read: Callable[[int, int], Floats32]) -> None:
+        """Note the trim threshold of a delta as it is stored, where one is wanted."""
+        if self._wanted.density is not None:
+            count = size(job.shape)
+            k = kept(self._wanted.density, count)
+            self._trims[job.name] = kth_magnitude(read, count, k)
 
 
 def _deltas(base: Checkpoint, read: Read, job: _Job) -> Iterator[Floats32]:
@@ -181,20 +274,17 @@ def _deltas(base: Checkpoint, read: Read, job: _Job) -> Iterator[Floats32]:
             yield tuned - base.block(job.name, start, stop)
 
 
-def _write_factors(
-    adapter: Adapter, job: _Job, target: Target, writer: VectorWriter, progress: Advance | None
-) -> float:
-    factors = adapter.factors(target, job.shape)
-    squares = [sum_of_squares(factor.reshape(-1)) for factor in factors]
-    for square in squares:
-        _check_finite(square, job)
-    if all(squares):
-        for factor, (key, shape) in zip(factors, job.stored(adapter), strict=True):
-            writer.append(factor.reshape(-1))
-            writer.keep(key, shape)
-    if progress:
-        progress(size(job.shape))
-    return 0.0
+def _check_names(jobs: Sequence[_Job], wanted: Wanted) -> None:
+    for job in jobs:
+        about, kind = split_key(job.name, wanted.counts)
+        if kind in wanted.counts:
+            raise TaskVectorError(
+                "extract.reserved_name",
+                f"Tensor {job.name} is called as the {kind} of tensor {about} would be.",
+                expected=f"no tensor of the release that ends in .{kind}",
+                hint="The round's merge method cannot be used with this model; tell the admin.",
+                tensor=job.name,
+            )
 
 
 def _check_finite(square: float, job: _Job) -> None:

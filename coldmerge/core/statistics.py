@@ -145,5 +145,15 @@ class Wanted:
         found: dict[Statistic, float] = dict(self.measured.counts) if self.measured else {}
         return found if self.density is None else {**found, "trim": self.density}
 
+    def has(self, name: str, kind: Statistic, shape: tuple[int, ...]) -> bool:
+        """Whether there is such a statistic to ship of a tensor of `shape`, if it is shipped.
+
+        Raises:
+            CheckpointError: there is one of another shape or type.
+        """
+        return kind == "trim" or (
+            self.measured is not None and self.measured.has(name, kind, shape)
+        )
+
 
 NOTHING = Wanted()

@@ -14,8 +14,8 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Self, cast, get_args
@@ -168,10 +168,15 @@ class TaskVector:
             return self.stored(name, start, stop)
         return np.zeros(max(stop - start, 0), np.float32)
 
-    def _expansion(self, name: str) -> _Expansion:
+    def _expansion(self, name: str) -> Expansion:
         last = self._mine.last
         if last is None or last[0] != name:
-            last = self._mine.last = (name, _Expansion(self, name))
+            spec = self.specs[f"{name}.lora_A"]
+            a = self.stored(spec.name, 0, spec.size).reshape(spec.shape[0], -1)
+            read_b = partial(self.stored, f"{name}.lora_B")
+            rows = self.specs[f"{name}.lora_B"].shape[0]
+            made = Expansion(a, read_b, rows, self.scaling[name])
+            last = self._mine.last = (name, made)
         return last[1]
 
     def has_statistic(self, name: str, kind: str) -> bool:
@@ -209,24 +214,27 @@ class TaskVector:
 class _Mine(threading.local):
     """Each thread's last expanded tensor: neighbouring blocks come from the same tiles."""
 
-    last: tuple[str, _Expansion] | None = None
+    last: tuple[str, Expansion] | None = None
 
 
-class _Expansion:
-    """s·B@A of one tensor, in tiles of whole rows that do not depend on who asks."""
+class Expansion:
+    """s·B@A of one tensor, in tiles of whole rows that do not depend on who asks.
 
-    def __init__(self, vector: TaskVector, name: str) -> None:
-        self._vector, self._key_b = vector, f"{name}.lora_B"
-        spec = vector.specs[f"{name}.lora_A"]
-        flat = vector.stored(spec.name, 0, spec.size).astype(np.float64)
-        self._a: Floats64 = flat.reshape(spec.shape[0], -1)
-        self._rows, self._rank = vector.specs[self._key_b].shape
-        self._scaling = vector.scaling[name]
-        self._columns = self._a.shape[1]
+    `a` is float32 (r, columns); `read_b` gives elements [start, stop) of the flattened B,
+    (rows, r). One tile is held: neighbouring blocks come from it.
+    """
+
+    def __init__(
+        self, a: Floats32, read_b: Callable[[int, int], Floats32], rows: int, scaling: float
+    ) -> None:
+        self._a: Floats64 = a.astype(np.float64)
+        self._read_b, self._rows, self._scaling = read_b, rows, scaling
+        self._rank, self._columns = a.shape
         self._tile_rows = max(1, TILE // max(1, self._columns))
         self._tile: tuple[int, Floats32] = (-1, np.empty(0, np.float32))
 
     def block(self, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the flattened product, rounded once from float64."""
         start, stop, _ = slice(start, stop).indices(self._rows * self._columns)
         out = np.empty(max(stop - start, 0), np.float32)
         step = self._tile_rows * self._columns
@@ -244,7 +252,7 @@ class _Expansion:
         if held != number:
             first = number * self._tile_rows
             last = min(first + self._tile_rows, self._rows)
-            b = self._vector.stored(self._key_b, first * self._rank, last * self._rank)
+            b = self._read_b(first * self._rank, last * self._rank)
             product = b.astype(np.float64).reshape(-1, self._rank) @ self._a
             product *= self._scaling
             tile = product.astype(np.float32).reshape(-1)

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coldmerge.core.clock import SystemClock
-from coldmerge.core.documents import MAX_DOCUMENT_BYTES, Scores, Signed, TensorEntry, sign, verify
+from coldmerge.core.documents import (
+    MAX_DOCUMENT_BYTES,
+    Manifest,
+    Scores,
+    Signed,
+    TensorEntry,
+    sign,
+    verify,
+)
 from coldmerge.core.errors import KINDS, ManifestError
 from coldmerge.core.ids import new_id
 
@@ -96,3 +104,34 @@ def test_identifiers_are_fresh_and_time_has_its_zone() -> None:
     assert new_id("round").startswith("round-")
     assert new_id("x") != new_id("x")
     assert SystemClock().now().utcoffset() is not None
+
+
+OLD_MANIFEST = (
+    b'{"base_digest":"' + b"ab" * 32 + b'","base_number":3,"contributor":"org-a",'
+    b'"created_at":"2026-03-02T12:00:00Z","encoding":"fp32","examples":7,"federation":"fed",'
+    b'"kind":"full","metrics":{},"model":"m","nonce":"' + b"0" * 32 + b'","norm":1.5,'
+    b'"round":"round-1","scaling":{},"tensors":[{"dtype":"F32","name":"w","nbytes":8,'
+    b'"sha256":"' + b"cd" * 32 + b'","shape":[2]}],"training":{},"type":"coldmerge.manifest/1"}'
+)
+"""As clients signed it before there were statistics."""
+
+
+def test_a_manifest_from_before_statistics_keeps_its_bytes() -> None:
+    manifest = Manifest.parse(OLD_MANIFEST)
+    assert manifest.statistics == {}
+    assert manifest.canonical() == OLD_MANIFEST
+    with_empty = OLD_MANIFEST.replace(b'"tensors"', b'"statistics":{},"tensors"')
+    with pytest.raises(ManifestError) as caught:
+        Manifest.parse(with_empty)
+    assert caught.value.code == "document.not_canonical"
+
+
+def test_a_manifest_with_statistics() -> None:
+    raw = OLD_MANIFEST.replace(b'"tensors"', b'"statistics":{"fisher":12.0},"tensors"')
+    manifest = Manifest.parse(raw)
+    assert manifest.statistics == {"fisher": 12.0}
+    assert manifest.canonical() == raw
+    for wrong in (b'{"kfac":1.0}', b'{"fisher":0.0}', b'{"fisher":NaN}'):
+        with pytest.raises(ManifestError) as caught:
+            Manifest.parse(raw.replace(b'{"fisher":12.0}', wrong))
+        assert caught.value.code == "document.malformed"

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldmerge.core.names import canonical, is_private, match_names, private_pattern, split_factor
+from coldmerge.core.names import (
+    canonical,
+    is_private,
+    match_names,
+    private_pattern,
+    split_factor,
+    split_key,
+)
 
 part = st.sampled_from(["bert", "encoder", "layer", "0", "1", "weight", "bias", "query"])
 tensor_names = st.sets(st.lists(part, min_size=1, max_size=4).map(".".join), max_size=12)
@@ -105,3 +112,12 @@ def test_factors_split() -> None:
     assert split_factor("a.weight.lora_A") == ("a.weight", "A")
     assert split_factor("a.weight.lora_B") == ("a.weight", "B")
     assert split_factor("a.weight") == ("a.weight", "")
+
+
+def test_a_key_is_a_statistic_only_where_that_kind_is_shipped() -> None:
+    shipped = {"gram": 1.0, "trim": 0.2}
+    assert split_key("a.weight.gram", shipped) == ("a.weight", "gram")
+    assert split_key("a.weight.gram") == ("a.weight.gram", "")
+    assert split_key("a.weight.fisher", shipped) == ("a.weight.fisher", "")
+    assert split_key("a.weight.lora_A", shipped) == ("a.weight", "A")
+    assert split_key("gram", shipped) == ("gram", "")
