@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +37,21 @@ def cluster() -> Iterator[str]:
         "--node-ip-address=127.0.0.1 --object-store-memory=100000000"
     )
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        head = subprocess.Popen(
-            [RAY, "start", "--head", f"--port={port}", f"--temp-dir={folder}", *options.split()],
+        command = [RAY, "start", "--head", f"--port={port}", f"--temp-dir={folder}"]
+        with subprocess.Popen(
+            [*command, *options.split()],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
-        )
-        try:
-            assert head.stdout is not None
-            lines = iter(head.stdout.readline, "")
-            assert any("Ray runtime started" in line for line in lines), "the head ended"
-            yield f"127.0.0.1:{port}"
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(head.pid, signal.SIGKILL)
-            head.wait(30)
+        ) as head:
+            try:
+                assert head.stdout is not None
+                lines = iter(head.stdout.readline, "")
+                assert any("Ray runtime started" in line for line in lines), "the head ended"
+                yield f"127.0.0.1:{port}"
+            finally:
+                head.terminate()  # it ends what it started, and waits for it
+                head.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
