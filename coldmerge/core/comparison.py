@@ -14,7 +14,7 @@ import numpy as np
 
 from coldmerge.core.algebra import Delta
 from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.deltas import FolderDelta
+from coldmerge.core.deltas import Tuned
 from coldmerge.core.dtypes import BLOCK, FLOATS, NUMPY, Floats32, blocks
 from coldmerge.core.errors import TaskVectorError
 from coldmerge.core.names import match_names
@@ -80,7 +80,7 @@ class Sides:
     `types` differ in type only, and are compared.
     """
 
-    delta: FolderDelta
+    delta: Tuned
     buffers: dict[str, str]
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
@@ -122,7 +122,7 @@ def match_sides(a: Checkpoint, b: Checkpoint) -> Sides:
             types.append(mismatch)
         (floats if both else buffers)[name] = other
     return Sides(
-        FolderDelta(a, b, floats),
+        Tuned(a, b, floats),
         buffers,
         tuple(name for name in a.tensors if name not in pairs),
         tuple(sorted(name for name, target in names.items() if target is None)),
@@ -173,8 +173,10 @@ def _change(base: Checkpoint, delta: Delta, name: str, start: int, stop: int, la
 
 def values_on(ground: Floats32, delta: Delta, name: str, start: int) -> Floats32:
     """Elements of `delta` from `start` on, as many as `ground`, the base's own, holds."""
-    if isinstance(delta, FolderDelta):
-        return delta.block_on(ground, name, start)
+    if isinstance(delta, Tuned):
+        theta = delta.theta(name, start, start + len(ground))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.subtract(theta, ground, out=theta)
     return delta.block(name, start, start + len(ground))
 
 

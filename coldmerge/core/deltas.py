@@ -6,7 +6,6 @@ A model folder, a PEFT adapter folder and a task vector file all give the same p
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,14 @@ import numpy as np
 from coldmerge.core.adapters import CONFIG, Adapter, Target
 from coldmerge.core.algebra import Delta, check_fits
 from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.dtypes import Floats32, Floats64
+from coldmerge.core.dtypes import Floats32
 from coldmerge.core.errors import NotFoundError, TaskVectorError
 from coldmerge.core.matching import match_folder, sort_out
-from coldmerge.core.task_vector import TaskVector
+from coldmerge.core.task_vector import Expansion, TaskVector
 
 
-class FolderDelta:
-    """A model folder minus its base. `pairs`: base tensor → the model's name for it."""
+class Tuned:
+    """A model folder as deltas against `base`. `pairs`: base tensor → the model's name for it."""
 
     def __init__(
         self, base: Checkpoint, model: Checkpoint, pairs: dict[str, str], base_digest: str = ""
@@ -34,15 +33,15 @@ class FolderDelta:
         """The shape of the tensor."""
         return self._model.shape(self._pairs[name])
 
+    def theta(self, name: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the model's own tensor, float32: a fresh array."""
+        return self._model.block(self._pairs[name], start, stop)
+
     def block(self, name: str, start: int, stop: int) -> Floats32:
         """Elements [start, stop) of the flattened change, float32."""
-        return self.block_on(self._base.block(name, start, stop), name, start)
-
-    def block_on(self, ground: Floats32, name: str, start: int) -> Floats32:
-        """The same, where the caller holds the base's elements already."""
-        tuned = self._model.block(self._pairs[name], start, start + len(ground))
+        theta = self.theta(name, start, stop)
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.subtract(tuned, ground)
+            return np.subtract(theta, self._base.block(name, start, stop), out=theta)
 
 
 class AdapterDelta:
@@ -62,7 +61,7 @@ class AdapterDelta:
         for name, target in self._targets.items():
             adapter.shapes(target, base.shape(name))
         self.names = frozenset(found.pairs)
-        self._held: tuple[str, Floats64, Floats64] | None = None
+        self._held: tuple[str, Expansion] | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor."""
@@ -74,21 +73,19 @@ class AdapterDelta:
             tuned = self._adapter.values(self._whole[name], start, stop)
             with np.errstate(over="ignore", invalid="ignore"):
                 return np.subtract(tuned, self._base.block(name, start, stop))
-        a, b = self._factors(name)
-        columns = a.shape[1]
-        first, last = start // columns, math.ceil(stop / columns)
-        with np.errstate(over="ignore", invalid="ignore"):
-            rows = (b[first:last] @ a).astype(np.float32)
-        return rows.reshape(-1)[start - first * columns : stop - first * columns]
+        return self._expansion(name).block(start, stop)
 
-    def _factors(self, name: str) -> tuple[Floats64, Floats64]:
-        """A (r, columns) and scaling · B (rows, r) of the tensor asked for last, float64."""
+    def _expansion(self, name: str) -> Expansion:
+        """The product of the tensor asked for last: its factors are read once."""
         if self._held is None or self._held[0] != name:
             target = self._targets[name]
             a, b = self._adapter.factors(target, self._base.shape(name))
-            wide = a.reshape(a.shape[0], -1).astype(np.float64)
-            self._held = (name, wide, b.astype(np.float64) * target.scaling)
-        return self._held[1:]
+            flat = b.reshape(-1)
+            product = Expansion(
+                a.reshape(len(a), -1), lambda *at: flat[slice(*at)], len(b), target.scaling
+            )
+            self._held = (name, product)
+        return self._held[1]
 
 
 def open_delta(base: Checkpoint, path: Path, base_digest: str = "") -> Delta:
@@ -117,7 +114,7 @@ def open_delta(base: Checkpoint, path: Path, base_digest: str = "") -> Delta:
     if is_adapter(path):
         return AdapterDelta(base, Adapter(path), base_digest)
     model = Checkpoint.open(path)
-    return FolderDelta(base, model, match_folder(base, model, ()).pairs, base_digest)
+    return Tuned(base, model, match_folder(base, model, ()).pairs, base_digest)
 
 
 def is_adapter(path: Path) -> bool:

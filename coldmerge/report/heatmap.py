@@ -1,0 +1,110 @@
+"""Matrices as pictures: cells with their numbers in them, and files of three kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import altair as alt
+import vl_convert
+
+from coldmerge.report.charts import FONT, INK, MUTED, Spec
+from coldmerge.report.page import Figure, Page, render
+
+CELL = 66
+MOST_PIXELS = 900
+LABEL_PIXELS = 260
+_RANGE = ["#b45309", "#fbe3c4", "#f8fafc", "#bfe0ec", "#0b6e99"]
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Values in [low, 1] by row and column; None where there is none."""
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    low: float = -1.0
+
+
+def heatmaps(maps: Sequence[Heatmap]) -> Spec:
+    """The maps one below the other, each with its scale of colours."""
+    charts = [_map(one) for one in maps]
+    chart = alt.vconcat(*charts, spacing=44).resolve_scale(color="independent")
+    styled = chart.properties(background="white", padding=16).configure(font=FONT)
+    styled = styled.configure_view(stroke=None).configure_title(
+        anchor="start", fontSize=15, fontWeight=600, color=INK, offset=14, frame="group"
+    )
+    styled = styled.configure_axis(
+        labelColor=INK, labelFontSize=12, labelLimit=LABEL_PIXELS, domain=False, ticks=False
+    )
+    spec: Spec = styled.to_dict()
+    return spec
+
+
+def _map(one: Heatmap) -> alt.LayerChart:
+    cells = [
+        {
+            "row": row,
+            "column": column,
+            "value": value,
+            "label": "–" if value is None else f"{round(value, 2) + 0:.2f}",
+        }
+        for row, values in zip(one.rows, one.values, strict=True)
+        for column, value in zip(one.columns, values, strict=True)
+    ]
+    # A picture of many models stays on the screen: cells shrink, and their numbers with them.
+    width = max(26, min(CELL, MOST_PIXELS // max(1, len(one.columns))))
+    height = max(22, min(width, 34 if len(one.rows) > 12 else CELL))
+    longest = max((len(label) for label in one.columns), default=0)
+    slanted = longest * 8 > width
+    base = alt.Chart(alt.Data(values=cells)).encode(
+        x=alt.X(
+            "column:N",
+            sort=list(one.columns),
+            title=None,
+            axis=alt.Axis(orient="top", labelAngle=-40 if slanted else 0),
+        ),
+        y=alt.Y("row:N", sort=list(one.rows), title=None),
+        tooltip=[
+            alt.Tooltip("row:N"),
+            alt.Tooltip("column:N"),
+            alt.Tooltip("value:Q", format=".4f"),
+        ],
+    )
+    reach = 1 - one.low
+    ticks = [one.low + part * reach for part in (0, 0.25, 0.5, 0.75, 1)]
+    scale = alt.Scale(domain=ticks, range=_RANGE, interpolate="rgb", clamp=True)
+    legend = alt.Legend(title=None, values=ticks[::2], format=".1f", gradientLength=110)
+    squares = base.mark_rect(stroke="white", strokeWidth=2).encode(
+        color=alt.Color("value:Q", scale=scale, legend=legend)
+    )
+    size = 13 if width >= 44 else 10
+    depth = f"abs(datum.value - {ticks[2]}) / {reach / 2}"
+    inks = {"white": f"{depth} > 0.72", INK: f"{depth} <= 0.72"}
+    numbers = [
+        base.transform_filter(f"isValid(datum.value) && {which}")
+        .mark_text(fontSize=size, color=ink)
+        .encode(text="label:N")
+        for ink, which in inks.items()
+    ]
+    gaps = base.transform_filter("!isValid(datum.value)").mark_text(fontSize=size, color=MUTED)
+    numbers.append(gaps.encode(text="label:N"))
+    return alt.layer(squares, *numbers).properties(
+        title=one.title, width=width * len(one.columns), height=height * len(one.rows)
+    )
+
+
+def write_picture(title: str, caption: str, maps: Sequence[Heatmap], path: Path) -> None:
+    """Write the maps to `path` as its suffix says: `.svg`, `.png` (twice the size) or `.html`."""
+    spec = heatmaps(maps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".svg":
+        path.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+    elif path.suffix == ".png":
+        path.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+    else:
+        page = Page(title, caption, [], [Figure("", "", spec)])
+        path.write_text(render(page), encoding="utf-8")
