@@ -43,8 +43,8 @@ def merge(
     `recipe` may be a merger: it then merges every tensor, with the inputs' weights. `dtype`
     (`F32`, `F16`, `BF16`) is the type of the float tensors written, by default the base's
     own. The bytes do not depend on `threads` (default: all processors) or `engine`. Tensors that no
-    input touches and files beside the weights are the base's. `progress` may raise to end
-    the merge; nothing is left behind then.
+    input touches and files beside the weights are the base's, unless `extra_files` has the
+    file. `progress` may raise to end the merge; nothing is left behind then.
 
     Raises:
         ConfigError: the inputs or parameters are unusable.
@@ -78,7 +78,7 @@ def merge(
         digests = (engine or on_this_machine)(work, threads, progress)
         for name in digests:
             writer.written_elsewhere(name)
-    return Content(tuple(_entries(planned, digests)), _files(base))
+    return Content(tuple(_entries(planned, digests)), _files(Checkpoint.open(out)))
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,10 @@ def on_this_machine(work: Work, threads: int | None, progress: Progress) -> dict
         return work.write(list(work.planned), pool, count.add)
 
 
-def _files(base: Checkpoint) -> tuple[FileEntry, ...]:
+def _files(written: Checkpoint) -> tuple[FileEntry, ...]:
     found = []
-    for path in base.files():
-        digest, length = file_digest(base.folder / path)
+    for path in written.files():
+        digest, length = file_digest(written.folder / path)
         found.append(FileEntry(path=path.as_posix(), size=length, sha256=digest))
     return tuple(sorted(found, key=lambda entry: entry.path))
 
