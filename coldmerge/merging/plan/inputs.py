@@ -7,64 +7,51 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-import numpy as np
-
-from coldmerge.core.algebra import Delta
+from coldmerge.core.algebra import Delta, check_fits
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.deltas import check_base, is_adapter
 from coldmerge.core.digests import content_entries
-from coldmerge.core.dtypes import Floats32
-from coldmerge.core.errors import ConfigError, TaskVectorError
+from coldmerge.core.errors import CheckpointError, ConfigError, TaskVectorError
 from coldmerge.core.extraction import extract
-from coldmerge.core.matching import match_folder
 from coldmerge.core.task_vector import TaskVector
-from coldmerge.merging.merger import Space
+from coldmerge.merging.merger import BaseRole
+from coldmerge.merging.plan.fitting import Adapted, Fitter
 from coldmerge.merging.plan.plan import Named, Plan
 from coldmerge.merging.plan.references import Place, resolve
-from coldmerge.merging.sources import Input, Tuned
-
-
-class Adapted:
-    """A model folder with an adapter of its own on top: θ = tuned + s·B@A."""
-
-    def __init__(
-        self, base: Checkpoint, tuned: Tuned, adapter: Delta, pairs: dict[str, str]
-    ) -> None:
-        self._base, self._tuned, self._adapter, self._pairs = base, tuned, adapter, pairs
-        self.base_digest = tuned.base_digest
-        self.names = tuned.names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the tensor."""
-        return self._tuned.shape(name)
-
-    def theta(self, name: str, start: int, stop: int) -> Floats32:
-        """Elements [start, stop) of the tensor with the adapter merged in."""
-        theta = self._tuned.theta(name, start, stop)
-        if self._pairs[name] in self._adapter.names:
-            with np.errstate(over="ignore", invalid="ignore"):
-                theta += self._adapter.block(self._pairs[name], start, stop)
-        return theta
-
-    def block(self, name: str, start: int, stop: int) -> Floats32:
-        """Elements [start, stop) of τ = θ − base."""
-        theta = self.theta(name, start, stop)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.subtract(theta, self._base.block(name, start, stop), out=theta)
+from coldmerge.merging.sources import Input
 
 
 class Opened:
     """The base and the inputs of a plan; a context manager that holds temporary files.
 
+    `models` is a folder of models, `scratch` where adapters are unpacked (default: the
+    system's). With `by_token`, or where the plan says so, rows of the vocabulary are
+    matched by their tokens.
+
     `places` are the inputs' places in `Plan.models`, in the order of their keys, None for a
-    base that the plan does not list. `notes` are sentences that a person should read.
+    base that the plan does not list; `folders` those of them that are folders. `notes` are
+    sentences that a person should read.
+
+    Raises:
+        NotFoundError: a model is not on this machine.
+        ConfigError: the plan lacks a base, or has nothing to merge.
+        CheckpointError: a folder cannot be read.
+        TaskVectorError: an input does not fit the base.
     """
 
-    def __init__(self, plan: Plan, models: Path | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        models: Path | None = None,
+        *,
+        scratch: Path | None = None,
+        by_token: bool = False,
+    ) -> None:
         self._plan, self._models = plan, models
-        self._scratch = TemporaryDirectory(prefix="coldmerge-")
+        self._by_token = by_token or plan.vocabulary is not None
+        self._scratch = TemporaryDirectory(prefix=".coldmerge-", dir=scratch)
+        self._folders: dict[Path, Checkpoint] = {}
         self.notes: list[str] = []
-        self._checkpoints: dict[Path, Checkpoint] = {}
 
     def __enter__(self) -> Self:
         try:
@@ -79,18 +66,68 @@ class Opened:
 
     def _open(self) -> None:
         plan = self._plan
-        found = [self._resolve(model) for model in plan.models]
-        base = self._resolve(plan.base) if plan.base else self._first_folder(found)
-        self._base_path = base.path
-        self.base = self._checkpoint(base.path)
+        folder = plan.path.absolute().parent
+        found = [resolve(model, folder, self._models) for model in plan.models]
+        origin = resolve(plan.base, folder, self._models) if plan.base else None
+        base = origin or self._first_folder(found)
+        self._check_base(base)
+        self._base_place = base
+        self.base = self._folder(base.path)
         self._digest = self._digest_if_needed(found)
+        self._fitter = Fitter(self.base, self._digest, self._by_token, self.notes)
+        counts = origin is None or plan.method.base_role is BaseRole.INPUT
         chosen: list[tuple[int | None, Named, Place]] = [
-            (i, plan.models[i], place)
-            for i, place in enumerate(found)
-            if base_counts(plan) or place != base
+            (i, plan.models[i], place) for i, place in enumerate(found) if counts or place != base
         ]
-        if base_counts(plan) and plan.base and base not in found:
+        if counts and plan.base and base not in found:
             chosen.append((None, plan.base, base))
+        self._check_chosen(chosen)
+        self.places = tuple(i for i, _, _ in chosen)
+        self.folders = [place.path for _, _, place in chosen if place.path.is_dir()]
+        self.inputs = tuple(
+            Input(f"{number:06d}", self._source(named, place), label=named.name)
+            for number, (_, named, place) in enumerate(chosen)
+        )
+
+    def _first_folder(self, found: Sequence[Place]) -> Place:
+        """What stands for the base where a method needs none: the first model folder."""
+        plan = self._plan
+        folder = next((p for p in found if p.path.is_dir() and not is_adapter(p.path)), None)
+        if folder is None or plan.method.base_role is BaseRole.ORIGIN:
+            raise ConfigError(
+                "plan.base_missing",
+                f"{plan.method_at}: {plan.method.name} of these models needs a base model.",
+                expected="base_model",
+                got="none",
+                hint="Add `base_model:` with the model that the others were fine-tuned from.",
+                at=plan.method_at,
+            )
+        return Place(folder.path)
+
+    def _check_base(self, base: Place) -> None:
+        named, source = self._plan.base, self._plan.vocabulary
+        if named and (base.adapter or base.path.is_file() or is_adapter(base.path)):
+            raise ConfigError(
+                "plan.base_not_a_model",
+                f"{named.where}: the base {named.name} is not a model folder.",
+                expected="a folder with config.json and safetensors",
+                got="an adapter" if base.path.is_dir() else "a file",
+                hint="Merge the adapter into its model first, or name the model without it.",
+                at=named.where,
+            )
+        names = {"base", (named or self._plan.models[0]).name}
+        if source and source.name not in names:
+            raise ConfigError(
+                "plan.vocabulary_source",
+                f"{source.where}: the merged model can only have the vocabulary of its base.",
+                expected=" or ".join(sorted(names)),
+                got=source.name,
+                hint="Use `tokenizer_source: base`, or make that model the `base_model`.",
+                at=source.where,
+            )
+
+    def _check_chosen(self, chosen: Sequence[object]) -> None:
+        plan = self._plan
         if not chosen:
             raise ConfigError(
                 "plan.no_inputs",
@@ -100,27 +137,6 @@ class Opened:
                 hint="List the fine-tuned models under `models:`.",
                 at=plan.method_at,
             )
-        self.places = tuple(i for i, _, _ in chosen)
-        self.inputs = tuple(
-            Input(f"{number:06d}", self._source(named, place), label=named.name)
-            for number, (_, named, place) in enumerate(chosen)
-        )
-
-    def _resolve(self, model: Named) -> Place:
-        return resolve(model, self._plan.path.absolute().parent, self._models)
-
-    def _first_folder(self, found: Sequence[Place]) -> Place:
-        plan = self._plan
-        folder = next((p for p in found if p.path.is_dir() and not is_adapter(p.path)), None)
-        if folder is None or not base_counts(plan):
-            raise ConfigError(
-                "plan.base_missing",
-                f"{plan.method_at}: {plan.method.name} of these inputs needs a base model.",
-                expected="base_model",
-                hint="Add `base_model:` with the model that the others were fine-tuned from.",
-                at=plan.method_at,
-            )
-        return Place(folder.path)
 
     def _digest_if_needed(self, found: Sequence[Place]) -> str:
         """The base's content digest, which takes reading it, if a task vector names one."""
@@ -128,61 +144,51 @@ class Opened:
             return content_entries(self.base).digest
         return ""
 
-    def _checkpoint(self, path: Path) -> Checkpoint:
-        if path not in self._checkpoints:
-            self._checkpoints[path] = Checkpoint.open(path)
-        return self._checkpoints[path]
+    def _folder(self, path: Path) -> Checkpoint:
+        if path not in self._folders:
+            self._folders[path] = Checkpoint.open(path)
+        return self._folders[path]
 
     def _source(self, named: Named, place: Place) -> Delta:
+        """An input.
+
+        Raises:
+            TaskVectorError: it does not fit the base; with the line.
+        """
+        try:
+            return self._opened(named, place)
+        except (TaskVectorError, CheckpointError) as error:
+            if error.code.startswith("plan."):
+                raise
+            raise type(error)(
+                "plan.unusable_model",
+                f"{named.where}: {named.name} cannot be merged. {error.message} [{error.code}]",
+                expected=error.expected,
+                got=error.got,
+                hint=error.hint,
+                at=named.where,
+                **{key: value for key, value in error.ids.items() if key != "at"},
+            ) from error
+
+    def _opened(self, named: Named, place: Place) -> Delta:
         if place.path.is_file():
             vector = TaskVector.open(place.path)
             check_base(vector, self._digest)
+            check_fits(self.base, vector)
             return vector
         if is_adapter(place.path):
-            return self._adapter(self.base, place.path, self._digest)
-        model = self._checkpoint(place.path)
-        pairs = self._pairs(named, model)
-        tuned = Tuned(self.base, model, pairs, self._digest)
+            return self._adapter(named, self.base, place.path)
+        if place.adapter and place.path == self._base_place.path:
+            return self._adapter(named, self.base, place.adapter)
+        model = self._folder(place.path)
+        tuned, pairs = self._fitter.tuned(named, model)
         if place.adapter is None:
             return tuned
-        if place.path == self._base_path:
-            return self._adapter(self.base, place.adapter, self._digest)
-        return Adapted(self.base, tuned, self._adapter(model, place.adapter, ""), pairs)
+        return Adapted(self.base, tuned, self._adapter(named, model, place.adapter), pairs)
 
-    def _adapter(self, base: Checkpoint, folder: Path, digest: str) -> TaskVector:
-        out = (
-            Path(self._scratch.name)
-            / f"{len(list(Path(self._scratch.name).iterdir()))}.safetensors"
-        )
-        return extract(base, folder, out, base_digest=digest).task_vector
-
-    def _pairs(self, named: Named, model: Checkpoint) -> dict[str, str]:
-        if model is self.base:
-            return {
-                name: name for name in model.tensors if model.dtype(name) in ("F32", "F16", "BF16")
-            }
-        found = match_folder(self.base, model, ())
-        if found.missing:
-            first = ", ".join(found.missing[:3])
-            raise TaskVectorError(
-                "plan.tensors_missing",
-                f"{named.where}: {named.name} lacks {len(found.missing)} tensors of the base:"
-                f" {first}{', …' if len(found.missing) > 3 else ''}.",
-                expected=f"all {len(self.base.tensors)} tensors of {self.base.folder}",
-                got=f"{len(model.tensors)} tensors, {len(found.pairs)} of them known",
-                hint="Merge models of one architecture; a part of a model goes in as a task"
-                " vector (`coldmerge extract`).",
-                folder=model.folder,
-            )
-        if found.kept_home:
-            extra = [name for name, _ in found.kept_home]
-            self.notes.append(
-                f"{named.name}: {len(extra)} tensors that the base does not merge are left out:"
-                f" {', '.join(extra[:3])}{', …' if len(extra) > 3 else ''}."
-            )
-        return found.pairs
-
-
-def base_counts(plan: Plan) -> bool:
-    """Whether the base is an input like the others, and need not be named."""
-    return plan.method.space is Space.WEIGHTS
+    def _adapter(self, named: Named, under: Checkpoint, folder: Path) -> TaskVector:
+        number = len(list(Path(self._scratch.name).iterdir()))
+        out = Path(self._scratch.name) / f"{number}.safetensors"
+        found = extract(under, folder, out, base_digest=self._digest)
+        self._fitter.tell_left_out(named, found.kept_home)
+        return found.task_vector

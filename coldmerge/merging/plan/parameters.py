@@ -12,6 +12,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -176,10 +177,17 @@ class _Resolver:
             )
             for i in self._inputs
         )
-        return Setting(self._resolved(self._plan.method, shared, (name, t)), each)
+        merger = self._resolved(self._plan.method, shared, (name, t), self._plan.fixed)
+        return Setting(merger, each)
 
-    def _resolved(self, model: Any, scopes: Scopes, place: tuple[str, float]) -> Any:
-        values: dict[str, Any] = {}
+    def _resolved(
+        self,
+        model: Any,
+        scopes: Scopes,
+        place: tuple[str, float],
+        fixed: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Any:
+        values = dict(fixed)
         for word in fields(model):
             for scope in scopes:
                 node = scope.value.get(word) if scope else None

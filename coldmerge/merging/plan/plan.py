@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coldmerge.core.errors import ConfigError
-from coldmerge.merging.merger import Merger
+from coldmerge.merging.merger import BaseRole, Merger
 from coldmerge.merging.plan.document import Node, Where, read, suggestion
 from coldmerge.merging.plan.refusals import METHODS, WORDS, refuse
 from coldmerge.merging.registry import merger_class, method_names
@@ -78,6 +78,12 @@ class Plan:
     dtype: str | None
     vocabulary: Named | None
     chat_template: str | None
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """Parameters that follow from the plan's form and are not written in it."""
+        optional = self.method.base_role is BaseRole.OPTIONAL
+        return {"origin": "zero"} if optional and self.base is None else {}
 
 
 def load(path: Path | str) -> Plan:
@@ -167,8 +173,7 @@ def _models(top: dict[str, Node], root: Node) -> tuple[tuple[Named, ...], tuple[
     if models is not None:
         named, each = _inputs(models, "models", _MODEL)
         return named, (Slice(None, each, None, models.where),)
-    assert slices is not None
-    return _slices(slices)
+    return _slices(_required(top, "slices", root))
 
 
 def _inputs(
@@ -228,7 +233,7 @@ def _slices(node: Node) -> tuple[tuple[Named, ...], tuple[Slice, ...]]:
 def _layers(sources: Node, before: Slice | None) -> tuple[int, int]:
     """The one range that all sources of a slice must have: layers stay in their places."""
     first = before.layers[1] if before and before.layers else 0
-    found: tuple[int, int] | None = None
+    found = (0, 0)
     for item in sources.value:
         node = _required(item.value, "layer_range", item)
         ends = [end.value for end in node.items("layer_range")]
@@ -241,19 +246,18 @@ def _layers(sources: Node, before: Slice | None) -> tuple[int, int]:
                 hint="[0, 32] are the layers 0 to 31.",
                 at=node.where,
             )
-        if ends[0] != first or (found is not None and found != (ends[0], ends[1])):
+        if ends[0] != first or (any(found) and found != (ends[0], ends[1])):
             raise ConfigError(
                 "plan.layer_stacking",
                 f"{node.where}: layers would not stay in their places (a stacked model, or"
                 " frankenmerge), which coldmerge does not do.",
-                expected=list(found) if found else f"a range that begins with layer {first}",
+                expected=list(found) if any(found) else f"a range that begins with layer {first}",
                 got=ends,
                 hint="Give every source of a slice the same range, and let each slice begin"
                 " where the one before it ends; for stacking use mergekit.",
                 at=node.where,
             )
         found = (ends[0], ends[1])
-    assert found is not None
     return found
 
 
@@ -289,11 +293,11 @@ def _chat_template(node: Node | None) -> str | None:
     if node is None:
         return None
     text = node.text("chat_template")
-    if "{" not in text:
+    if text != "auto" and "{" not in text:
         raise ConfigError(
             "plan.chat_template_name",
             f"{node.where}: coldmerge ships no chat template called `{text}`.",
-            expected="the template itself, in Jinja",
+            expected="the template itself, in Jinja, or auto: the models' most common one",
             got=text,
             hint="Paste the template, or leave the key out to keep the base's own.",
             at=node.where,

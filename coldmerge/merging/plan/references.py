@@ -34,9 +34,10 @@ def resolve(model: Named, plan_folder: Path, models: Path | None = None) -> Plac
     if whole is not None:
         return Place(whole)
     base, plus, adapter = model.name.partition("+")
-    found = [_find(part, plan_folder, models) for part in (base, adapter) if part]
-    if not plus or len(found) != 2 or None in found:
-        missing = base if not plus or found[0] is None else adapter
+    under = _find(base, plan_folder, models) if plus else None
+    on_top = _find(adapter, plan_folder, models) if adapter else None
+    if under is None or on_top is None:
+        missing = base if under is None else adapter
         download = f"`hf download {missing.partition('@')[0]}`, or " if _is_hub(missing) else ""
         raise NotFoundError(
             "plan.model_not_found",
@@ -47,8 +48,7 @@ def resolve(model: Named, plan_folder: Path, models: Path | None = None) -> Plac
             " downloaded by itself.",
             at=model.where,
         )
-    assert found[0] is not None
-    return Place(found[0], found[1])
+    return Place(under, on_top)
 
 
 def candidates(name: str, plan_folder: Path, models: Path | None) -> Iterator[Path]:

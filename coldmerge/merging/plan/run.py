@@ -12,10 +12,12 @@ from pathlib import Path
 from coldmerge.core.checkpoint_writer import MAX_SHARD_BYTES
 from coldmerge.core.digests import Content
 from coldmerge.core.dtypes import FLOATS
+from coldmerge.core.errors import ConfigError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.merging.folder import Engine, merge
 from coldmerge.merging.plan.inputs import Opened
-from coldmerge.merging.plan.parameters import settings
+from coldmerge.merging.plan.outputs import chat_template, configuration
+from coldmerge.merging.plan.parameters import Settings, settings
 from coldmerge.merging.plan.plan import Plan
 
 
@@ -40,21 +42,48 @@ def run(
         ConflictError: `out` exists and is not empty.
         ResourceError: the disk is too small.
     """
-    names = [name for name, spec in opened.base.tensors.items() if spec.dtype in FLOATS]
-    recipe = settings(plan, opened.places, names)
+    prepared = recipe(plan, opened)
+    files = {
+        **configuration(opened.base, plan.dtype),
+        **chat_template(plan.chat_template, opened.folders),
+        **(extra_files or {}),
+    }
     remove_leftovers(Path(out))
     return merge(
         opened.base,
         opened.inputs,
-        recipe,
+        prepared,
         out,
         threads=threads,
         dtype=plan.dtype,
         max_shard_bytes=max_shard_bytes,
-        extra_files=extra_files,
+        extra_files=files,
         engine=engine,
         progress=progress,
     )
+
+
+def recipe(plan: Plan, opened: Opened) -> Settings:
+    """How every float tensor of the base is merged.
+
+    Raises:
+        ConfigError: a parameter is unusable, or the method takes another number of inputs.
+    """
+    names = [name for name, spec in opened.base.tensors.items() if spec.dtype in FLOATS]
+    found = settings(plan, opened.places, names)
+    for merger in {setting.merger for setting in found.table.values()}:
+        try:
+            merger.check_inputs(len(opened.inputs))
+        except ConfigError as error:
+            raise ConfigError(
+                "plan.input_count",
+                f"{plan.method_at}: {error.message}",
+                expected=error.expected,
+                got=", ".join(item.label for item in opened.inputs),
+                hint=error.hint,
+                at=plan.method_at,
+            ) from error
+    return found
 
 
 def remove_leftovers(out: Path) -> None:
