@@ -57,6 +57,10 @@ class Block:
         """The inputs' keys: what random numbers are seeded with."""
         return tuple(item.key for item in self._inputs)
 
+    def label(self, i: int) -> str:
+        """Input `i` as messages call it."""
+        return str(self._inputs[i])
+
     @cached_property
     def weights(self) -> Floats64:
         """The inputs' weights, shape (N,)."""

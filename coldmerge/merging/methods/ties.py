@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from coldmerge.core.dtypes import Floats32
-from coldmerge.core.selection import kth_magnitude
+from coldmerge.core.errors import TaskVectorError
 from coldmerge.merging.block import Block, View
-from coldmerge.merging.merger import Merger, PerInput, Scope
+from coldmerge.merging.merger import Scope
+from coldmerge.merging.sparsify import Mask, SparseMerger, smallest_kept
 
 
-class Trimmed(PerInput):
-    """An input of TIES."""
-
-    density: float = Field(
-        default=1.0, gt=0, le=1, description="Share of the entries, the largest, that is kept."
-    )
-
-
-class Ties(Merger):
+class Ties(SparseMerger):
     """TIES-Merging (arXiv 2306.01708), with mergekit's words and weights in the election.
 
     Every entry as large as the smallest kept one is kept. Where positive and negative mass
@@ -29,18 +22,23 @@ class Ties(Merger):
     """
 
     name: ClassVar[str] = "ties"
-    Each: ClassVar[type[PerInput]] = Trimmed
+    elects: ClassVar[bool] = True
 
     normalize: bool = Field(
         default=True, description="Divide each entry by the weights that agreed on it."
     )
-    lambda_: float = Field(default=1.0, alias="lambda", description="Scale of the merged delta.")
     trim_scope: Literal["tensor", "global"] = Field(
         default="tensor", description="Trim each tensor, or the whole task vector as the paper."
     )
     thresholds: Literal["exact", "shipped"] = Field(
         default="exact", description="Find the trim thresholds, or take the contributors'."
     )
+
+    @model_validator(mode="after")
+    def _shipped_per_tensor(self) -> Self:
+        if self.thresholds == "shipped" and self.trim_scope == "global":
+            raise ValueError("contributors ship thresholds of tensors: `trim_scope` is tensor then")
+        return self
 
     @property
     def scope(self) -> Scope:
@@ -52,62 +50,28 @@ class Ties(Merger):
         """Trim thresholds, if contributors ship them."""
         return frozenset({"trim"}) if self.thresholds == "shipped" else frozenset()
 
-    def measure(self, view: View) -> list[np.float32]:
+    def prepare(self, view: View) -> list[np.float32]:
         """The smallest magnitude that is kept of every input."""
         if self.thresholds == "shipped":
-            return [shipped_threshold(view, i) for i in view.inputs]
-        return view.map_inputs(lambda i: threshold(view, i, view.each[i].density))
+            return [_shipped(view, i) for i in view.inputs]
+        return smallest_kept(view, [each.density for each in view.each])
 
-    def merge(self, block: Block, facts: list[np.float32]) -> Floats32:
-        """The elected delta of one block."""
-        elected = Election(block.size, self.normalize)
-        for i, tau in block.rows():
-            tau *= np.abs(tau) >= facts[i]
-            elected.add(tau, np.float32(block.weights[i]))
-        merged = elected.result()
-        merged *= np.float32(self.lambda_)
-        return merged
+    def mask(self, block: Block, i: int, tau: Floats32, fact: np.float32) -> Mask | None:
+        """The entries that reach the threshold."""
+        return np.abs(tau) >= fact if fact > 0 else None
 
 
-def threshold(view: View, i: int, density: float) -> np.float32:
-    """The magnitude that at least `density` of the elements of input `i` reach; 0: all."""
-    keep = max(1, int(density * view.size))
-    if keep >= view.size:
-        return np.float32(0)
-    return kth_magnitude(lambda start, stop: view.read(i, start, stop), view.size, keep)
-
-
-def shipped_threshold(view: View, i: int) -> np.float32:
-    """The threshold that contributor `i` computed; 0 where it shipped none: nothing changed."""
+def _shipped(view: View, i: int) -> np.float32:
     found = view.shipped(i, "trim")
-    return np.float32(0 if found is None else found[0])
-
-
-class Election:
-    """Sign election in two sums, of the positive and of the negative entries.
-
-    Their order does not matter but for rounding, and memory does not grow with the inputs.
-    """
-
-    def __init__(self, size: int, normalize: bool) -> None:
-        self._sums = np.zeros((2, size), np.float32)
-        self._weights = np.zeros((2, size), np.float32) if normalize else None
-        self._zero = np.zeros(size, np.float32)
-
-    def add(self, tau: Floats32, weight: np.float32) -> None:
-        """Count one input: its entries, shape (size,), are used up."""
-        tau *= weight
-        for side, pick, sign in ((0, np.maximum, np.greater), (1, np.minimum, np.less)):
-            if self._weights is not None:
-                self._weights[side] += sign(tau, self._zero) * weight
-            self._sums[side] += pick(tau, self._zero)
-
-    def result(self) -> Floats32:
-        """The sums of the winning side, normalized if asked; 0 where nobody voted."""
-        positive = self._sums[0] + self._sums[1] >= 0
-        chosen = np.where(positive, *self._sums)
-        if self._weights is not None:
-            weights = np.where(positive, *self._weights)
-            weights[weights == 0] = 1
-            chosen /= weights
-        return chosen
+    if found is not None:
+        return np.float32(found[0])
+    (place,) = view.between(0, 1) or (None,)
+    if place is None or i not in place.touching:
+        return np.float32(0)
+    raise TaskVectorError(
+        "merge.statistic_missing",
+        f"Input {place.label(i)} changes tensor {place.name} but ships no trim threshold for it.",
+        expected="a trim threshold for every tensor with deltas",
+        hint="Use `thresholds: exact`, or ask the contributor to extract with thresholds.",
+        tensor=place.name,
+    )
