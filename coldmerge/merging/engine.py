@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from coldmerge.merging.merger import Cut, Merger, Scope, Space
 from coldmerge.merging.pool import Pool
 from coldmerge.merging.recipe import Recipe, Setting
 from coldmerge.merging.sources import Input, Source
+
+R = TypeVar("R")
 
 BLOCK = 2**16
 """Elements of a block: with its sources it fits the second-level cache of a processor."""
@@ -162,12 +164,16 @@ class Job:
         self, name: str, pool: Pool, onto: Source | None = None
     ) -> Iterator[Floats32]:
         """Merge one tensor and yield its blocks from the first to the last."""
+        return self.in_order(name, pool, lambda block, facts: self.theta(block, facts, onto))
+
+    def in_order(self, name: str, pool: Pool, make: Callable[[Block, Any], R]) -> Iterator[R]:
+        """Yield `make(block, facts)` for the blocks of one tensor, from the first to the last."""
         with self._room.take(self._whole(name)):
             facts = self.facts(name, pool)
             cuts = self.cuts(name)
             for at in range(0, len(cuts), UNIT * pool.threads):
                 yield from pool.spread(
-                    lambda cut: self.theta(self.block(name, *cut), facts, onto),
+                    lambda cut: make(self.block(name, *cut), facts),
                     cuts[at : at + UNIT * pool.threads],
                 )
 

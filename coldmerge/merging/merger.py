@@ -76,6 +76,8 @@ class Merger(BaseModel, ABC):
     cut: ClassVar[Cut] = Cut.ELEMENTS
     space: ClassVar[Space] = Space.DELTAS
     base_role: ClassVar[BaseRole] = BaseRole.ORIGIN
+    caution: ClassVar[str] = ""
+    """A sentence for whoever lets round after round of one model merge by it; mostly none."""
 
     @property
     def scope(self) -> Scope:
