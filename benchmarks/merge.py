@@ -113,7 +113,7 @@ def floor(inputs: Sequence[Path], output: Path, copy: Path) -> Measured:
     """
     copy.unlink(missing_ok=True)
     os.sync()
-    write = f'for file in {quoted([output])}; do dd if="$file" bs=1M status=none; done'
+    write = f'for file in {quoted([output])}; do dd if="$file" bs=64K status=none; done'
     script = f"cat {quoted(inputs)} > /dev/null && {write} > {quoted([copy])}"
     try:
         return measure(["sh", "-c", script], limit=LIMIT)
