@@ -13,11 +13,13 @@ from coldmerge.cli import (
     contributor,
     coordinator,
     demo,
+    extract,
     merge,
     models,
     people,
     releases,
     rounds,
+    weights,
 )
 from coldmerge.cli.output import Format, fail, out
 from coldmerge.core.errors import ColdmergeError
@@ -33,6 +35,8 @@ app = typer.Typer(
 )
 _GROUPS = (
     merge,
+    weights,
+    extract,
     coordinator,
     models,
     people,

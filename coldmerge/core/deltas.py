@@ -73,7 +73,8 @@ class AdapterDelta:
             tuned = self._adapter.values(self._whole[name], start, stop)
             with np.errstate(over="ignore", invalid="ignore"):
                 return np.subtract(tuned, self._base.block(name, start, stop))
-        return self._expansion(name).block(start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._expansion(name).block(start, stop)
 
     def _expansion(self, name: str) -> Expansion:
         """The product of the tensor asked for last: its factors are read once."""
