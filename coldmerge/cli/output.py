@@ -29,7 +29,7 @@ from coldmerge.core.errors import ColdmergeError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
-_IN_BYTES = {"compare", "download", "export", "hash", "import", "upload", "write"}
+_IN_BYTES = {"compare", "download", "export", "hash", "import", "merge", "upload", "write"}
 
 
 class Format(StrEnum):

@@ -47,6 +47,15 @@ class Node:
         """What the value is, as a message says it."""
         return _NAMES.get(type(self.value), str(self.value))
 
+    @property
+    def plain(self) -> Any:
+        """The value without places."""
+        if isinstance(self.value, list):
+            return [item.plain for item in self.value]
+        if isinstance(self.value, dict):
+            return {key: item.plain for key, item in self.value.items()}
+        return self.value
+
     def text(self, what: str) -> str:
         """The value, which must be a text; `what` it stands for is named otherwise.
 

@@ -90,8 +90,8 @@ def _check_table(plan: Plan, table: Node | None, words: Mapping[str, str]) -> No
     for word, node in table.mapping(f"The parameters of {plan.method.name}", allowed).items():
         if word in words:
             model = plan.method if word in fields(plan.method) else plan.method.Each
-            for value in _leaves(node):
-                _validated(plan, model, word, value.value, value.where)
+            for value in [node] if _takes_lists(model, word) else _leaves(node):
+                _validated(plan, model, word, value.plain, value.where)
         elif word not in IGNORED:
             where = table.keys[word]
             raise ConfigError(
@@ -215,10 +215,10 @@ class _Resolver:
 
     def _value(self, model: Model, word: str, node: Node, place: tuple[str, float]) -> Any:
         """The value for a tensor; None where no filter fits it."""
+        if not isinstance(node.value, list | dict) or _takes_lists(model, word):
+            return _validated(self._plan, model, word, node.plain, node.where)
         if isinstance(node.value, dict):
             return self._filtered(model, word, [node], place)
-        if not isinstance(node.value, list):
-            return _validated(self._plan, model, word, node.value, node.where)
         if isinstance(node.value[0].value, dict):
             return self._filtered(model, word, node.value, place)
         return self._interpolated(model, word, node, place[1])
@@ -241,6 +241,12 @@ class _Resolver:
         high = min(len(ends) - 1, low + 1)
         value = (1 - (at - low)) * ends[low] + (at - low) * ends[high]
         return _validated(self._plan, model, word, value, node.where)
+
+
+@cache
+def _takes_lists(model: Model, word: str) -> bool:
+    """Whether a list is one value of the parameter, and not a gradient."""
+    return _validator(model, word).json_schema().get("type") == "array"
 
 
 @cache
