@@ -30,12 +30,12 @@ COUNTS = "statistics.json"
 DTYPE = "F32"
 
 
-def statistic_shape(kind: Statistic, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of a statistic of a tensor of `shape`; None: there is no such statistic."""
+def statistic_shape(kind: Statistic, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The shape of a statistic of a tensor of `shape` (None: of no tensor); None: there is none."""
+    if shape is None or kind == "fisher":
+        return shape
     if kind == "trim":
         return (1,)
-    if kind == "fisher":
-        return shape
     return (shape[1], shape[1]) if len(shape) == 2 else None
 
 

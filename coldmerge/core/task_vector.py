@@ -336,7 +336,7 @@ def _check_statistics(vector: TaskVector) -> None:
             continue
         unseen.discard(cast(Statistic, part))
         shape = vector.shape(name) if name in vector.names else None
-        fits = shape is not None and statistic_shape(cast(Statistic, part), shape)
+        fits = statistic_shape(cast(Statistic, part), shape)
         if (vector.specs[key].dtype, vector.specs[key].shape) != (DTYPE, fits):
             wrong.append(key)
     if wrong or unseen:

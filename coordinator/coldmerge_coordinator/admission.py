@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
 from coldmerge.core import dtypes
-from coldmerge.core.documents import Manifest, TensorEntry
+from coldmerge.core.documents import Manifest, Statistic, TensorEntry
 from coldmerge.core.errors import ManifestError, ResourceError, TaskVectorError
-from coldmerge.core.names import is_private, split_factor
+from coldmerge.core.names import is_private, split_factor, split_key
+from coldmerge.core.statistics import DTYPE
+from coldmerge_coordinator.statistics import check_statistics
 
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"
@@ -23,7 +25,7 @@ class Target:
     """What a contribution must be against: one round, one exact release.
 
     `tensors`: the release's tensors by name. `contributor`: who is calling, by
-    certificate.
+    certificate. `statistics` and `density`: what the round's recipe asks for beside deltas.
     """
 
     federation: str
@@ -35,6 +37,8 @@ class Target:
     tensors: Mapping[str, TensorEntry]
     private: tuple[str, ...]
     max_payload_bytes: int
+    statistics: frozenset[Statistic] = frozenset()
+    density: float | None = None
 
 
 def check_manifest(manifest: Manifest, target: Target) -> None:
@@ -44,20 +48,24 @@ def check_manifest(manifest: Manifest, target: Target) -> None:
         ManifestError: another federation, contributor, model or round; entries out of
             order; a length that contradicts a shape.
         TaskVectorError: another base; an unknown, private or unmergeable tensor; a wrong
-            shape or type; half of a LoRA pair.
+            shape or type; half of a LoRA pair; statistics other than the round's.
         ResourceError: larger than one contribution may be.
     """
     _check_addressee(manifest, target)
     _check_order(manifest)
-    lora = _lora_targets(manifest)
+    parts = {entry.name: split_key(entry.name, manifest.statistics) for entry in manifest.tensors}
+    entries = {e.name: e for e in manifest.tensors if parts[e.name][1] not in manifest.statistics}
+    lora = _lora_targets(manifest, entries)
     _check_scaling(manifest, lora)
-    entries = {entry.name: entry for entry in manifest.tensors}
     for entry in manifest.tensors:
-        _check_bytes(manifest, entry)
-        if split_factor(entry.name)[0] not in lora:
+        here = entry.name in entries
+        _check_bytes(manifest, entry, dtypes.ENCODINGS[manifest.encoding] if here else DTYPE)
+        if here and parts[entry.name][0] not in lora:
             _check_full(manifest, entry, target)
     for name in sorted(lora):
         _check_pair(manifest, name, entries, target)
+    changed = {name: target.tensors[name].shape for name in {parts[key][0] for key in entries}}
+    check_statistics(manifest, changed, target.statistics, target.density)
     if manifest.payload_bytes > target.max_payload_bytes:
         raise ResourceError(
             "upload.too_large",
@@ -69,12 +77,8 @@ def check_manifest(manifest: Manifest, target: Target) -> None:
         )
 
 
-def _names(manifest: Manifest) -> list[str]:
-    return [entry.name for entry in manifest.tensors]
-
-
-def _lora_targets(manifest: Manifest) -> set[str]:
-    parts = [split_factor(name) for name in _names(manifest)]
+def _lora_targets(manifest: Manifest, deltas: Collection[str]) -> set[str]:
+    parts = [split_factor(name) for name in deltas]
     return {name for name, factor in parts if factor} if manifest.kind == "lora" else set()
 
 
@@ -107,7 +111,7 @@ def _check_addressee(manifest: Manifest, target: Target) -> None:
 
 
 def _check_order(manifest: Manifest) -> None:
-    names = _names(manifest)
+    names = [entry.name for entry in manifest.tensors]
     for before, after in pairwise(names):
         if before >= after:
             raise ManifestError(
@@ -133,13 +137,12 @@ def _check_scaling(manifest: Manifest, lora: set[str]) -> None:
         )
 
 
-def _check_bytes(manifest: Manifest, entry: TensorEntry) -> None:
-    dtype = dtypes.ENCODINGS[manifest.encoding]
+def _check_bytes(manifest: Manifest, entry: TensorEntry, dtype: str) -> None:
     if entry.dtype != dtype:
         raise TaskVectorError(
             "manifest.wrong_dtype",
             f"Tensor {entry.name} has another type than the manifest's encoding says.",
-            expected=f"{dtype} for {manifest.encoding}",
+            expected=f"{dtype}, as encoding {manifest.encoding} has it",
             got=entry.dtype,
             hint="Prepare the contribution with `coldmerge push`.",
             round=manifest.round,

@@ -11,10 +11,12 @@ from coldmerge.core import dtypes
 from coldmerge.core.documents import Manifest, TensorEntry
 from coldmerge.core.errors import ConflictError, IntegrityError, ManifestError, TaskVectorError
 from coldmerge.core.files import PositionalFile
+from coldmerge.core.names import split_key
 from coldmerge.core.task_vector import sum_of_squares
 
 REPLAY_BYTES = 4 * 2**20
 NORM_BLOCK = 2**18
+_POSITIVE = frozenset({"fisher", "trim"})
 
 
 class PayloadCheck:
@@ -26,6 +28,7 @@ class PayloadCheck:
     def __init__(self, manifest: Manifest) -> None:
         self._round = manifest.round
         self._entries = manifest.tensors
+        self._statistics = manifest.statistics
         self._index = 0
         self._hash = hashlib.sha256()
         self._done_in_tensor = 0
@@ -46,7 +49,7 @@ class PayloadCheck:
         Raises:
             ManifestError: more bytes than the manifest lists.
             IntegrityError: a tensor's bytes do not have the promised hash.
-            TaskVectorError: a NaN or an infinity.
+            TaskVectorError: a NaN or an infinity, or a statistic that cannot be negative is.
         """
         view = memoryview(data)
         self.check_length(len(view))
@@ -86,6 +89,7 @@ class PayloadCheck:
         whole = len(raw) - len(raw) % kind.itemsize
         self._carry = bytes(raw[whole:])
         values = np.frombuffer(raw[:whole], kind)
+        statistic = split_key(entry.name, self._statistics)[1]
         for start in range(0, len(values), NORM_BLOCK):
             block = dtypes.to_float32(values[start : start + NORM_BLOCK])
             squares = sum_of_squares(block)
@@ -98,7 +102,17 @@ class PayloadCheck:
                     hint="The fine-tuning diverged: lower the learning rate and train again.",
                     round=self._round,
                 )
-            self._squares += squares
+            if statistic in _POSITIVE and (block < 0).any():
+                raise TaskVectorError(
+                    "payload.negative_statistic",
+                    f"The statistic {entry.name} holds a negative number.",
+                    expected="squares and magnitudes: 0 or more",
+                    got=f"{block.min():g}",
+                    hint="Measure again with `coldmerge train`, then push.",
+                    round=self._round,
+                )
+            if statistic not in self._statistics:
+                self._squares += squares
 
     def _finish(self, entry: TensorEntry) -> None:
         found = self._hash.hexdigest()
@@ -117,7 +131,7 @@ class PayloadCheck:
 
     @property
     def norm(self) -> float:
-        """L2 norm of the bytes so far, as stored (LoRA factors are not expanded)."""
+        """L2 norm of the deltas so far, as stored (LoRA factors are not expanded)."""
         return math.sqrt(self._squares)
 
     def check_complete(self) -> None:

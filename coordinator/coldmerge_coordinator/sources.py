@@ -38,3 +38,12 @@ class Beating:
         """Elements [start, stop) of the flattened delta of `name`."""
         self._beat()
         return self._vector.block(name, start, stop)
+
+    def has_statistic(self, name: str, kind: str) -> bool:
+        """Whether the statistic of tensor `name` was shipped."""
+        return self._vector.has_statistic(name, kind)
+
+    def statistic(self, name: str, kind: str, start: int, stop: int) -> Floats32:
+        """Elements [start, stop) of the flattened statistic of tensor `name`."""
+        self._beat()
+        return self._vector.statistic(name, kind, start, stop)

@@ -20,6 +20,7 @@ from coldmerge.core.errors import (
 )
 from coldmerge.rounds import state
 from coldmerge.rounds.state import State
+from coldmerge.rounds.statistics import statistics_for, trim_density
 from coldmerge_coordinator.admission import Target, check_manifest
 from coldmerge_coordinator.auth import Caller, refuse_revoked
 from coldmerge_coordinator.service.rules import (
@@ -110,6 +111,7 @@ class Intake:
             check_nonce(session, manifest)
 
     def _target(self, session: Session, who: Caller, row: Round) -> Target:
+        merge = rounds.get_policy(row).merge
         return Target(
             federation=self._store.federation,
             contributor=who.contributor,
@@ -120,6 +122,8 @@ class Intake:
             tensors=releases.get_listing(session, row.base_digest).by_name,
             private=tuple(releases.get_model(session, row.model).private_patterns),
             max_payload_bytes=self._store.config.limits.max_payload_bytes,
+            statistics=statistics_for(merge),
+            density=trim_density(merge),
         )
 
     def _forget_stale(self, who: Caller) -> None:

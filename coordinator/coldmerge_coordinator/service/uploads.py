@@ -22,6 +22,7 @@ from coldmerge.core.errors import ConflictError, IntegrityError, TaskVectorError
 from coldmerge.core.files import PositionalFile, fsync_path, preallocate, write_all
 from coldmerge.core.task_vector import TaskVector, vector_header
 from coldmerge_coordinator.payload import PayloadCheck
+from coldmerge_coordinator.statistics import check_stored
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store.models import Contribution, Upload
 
@@ -47,6 +48,7 @@ def header_of(manifest: Manifest) -> bytes:
         encoding=manifest.encoding,
         base_digest=manifest.base_digest,
         scaling=manifest.scaling,
+        statistics=manifest.statistics,
     )
 
 
@@ -216,7 +218,8 @@ class LiveUpload:
 
         Raises:
             ConflictError: bytes are missing.
-            TaskVectorError: the file is not a sound task vector; the upload is gone.
+            TaskVectorError: the file is not a sound task vector, or a statistic in it is
+                wrong; the upload is gone.
         """
         with self.lock:
             if self.closed:
@@ -225,7 +228,9 @@ class LiveUpload:
             self.flush()
             self._check.check_complete()
             try:
-                norm = self._norm()
+                vector = TaskVector.open(self.path)
+                norm = self._norm(vector)
+                check_stored(vector, self._seed())
             except TaskVectorError:
                 self.discard()
                 raise
@@ -234,8 +239,11 @@ class LiveUpload:
             fsync_path(self._store.uploads)
             return norm
 
-    def _norm(self) -> float:
-        vector = TaskVector.open(self.path)
+    def _seed(self) -> bytes:
+        """The same for each attempt to commit this manifest, and known to the coordinator alone."""
+        return self._store.signer.key.sign(f"spot check of {self.manifest_digest}".encode())
+
+    def _norm(self, vector: TaskVector) -> float:
         if vector.kind == "full":
             return self._check.norm
         with np.errstate(all="ignore"):
