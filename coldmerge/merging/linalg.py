@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -114,4 +115,11 @@ def weighted_sum(block: Block) -> Floats64:
             scaled = part[: stop - start]
             np.multiply(row[start:stop], block.weights[i], out=scaled)
             total[start:stop] += scaled
+    return total
+
+
+def weighted_mean(block: Block) -> Floats64:
+    """Σ wᵢ · rowᵢ / Σ wᵢ over all inputs, as `mean` has it: float64, shape (size,)."""
+    total = weighted_sum(block)
+    total /= math.fsum(block.weights)
     return total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from pydantic import Field
 
 from coldmerge.core.dtypes import Floats64
 from coldmerge.merging.block import Block
-from coldmerge.merging.linalg import single_blas_thread, weighted_sum
+from coldmerge.merging.linalg import single_blas_thread, weighted_mean
 from coldmerge.merging.merger import Cut, Merger
 from coldmerge.merging.methods.mean import Share
 
@@ -43,8 +42,7 @@ class Spectral(Merger):
             with single_blas_thread():
                 merged = self.merge_matrix(block, block.tensor_shape)
         else:
-            merged = weighted_sum(block)
-            merged /= math.fsum(block.weights)
+            merged = weighted_mean(block)
         merged *= self.lambda_
         return merged.reshape(-1)
 
