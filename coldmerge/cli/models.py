@@ -75,7 +75,8 @@ def set_template(
     from coldmerge_coordinator.store import Store
 
     template = load_yaml(file)
-    replace(Store.open(coordinator_folder(folder)), name, template)
+    for note in replace(Store.open(coordinator_folder(folder)), name, template):
+        err.print(f"[yellow]note:[/yellow] {note}", highlight=False)
     print_record({"model": name, **template.to_json()}, fmt)
 
 

@@ -12,6 +12,7 @@ from coldmerge.cli.local import DEFAULT_DIR, PANEL, DirOption, ask, local
 from coldmerge.cli.output import (
     Format,
     FormatOption,
+    err,
     out,
     print_json,
     print_record,
@@ -89,8 +90,9 @@ def open_round(
     """Open a round on the latest release."""
     import json
 
-    from coldmerge.rounds.policy import load_yaml
+    from coldmerge.rounds.policy import RoundPolicy, load_yaml
     from coldmerge.wire.v1 import admin_pb2
+    from coldmerge_coordinator.recipes import cautions
 
     given = load_yaml(policy).to_json() if policy else {}
     options = {"min_contributions": minimum, "max_contributions": maximum, "duration": duration}
@@ -100,6 +102,9 @@ def open_round(
             coordinator.admin.OpenRound,
             admin_pb2.OpenRoundRequest(model=model, policy_json=json.dumps(given)),
         )
+    merge = RoundPolicy.model_validate_json(opened.policy_json).merge
+    for caution in cautions(merge):
+        err.print(f"[yellow]note:[/yellow] {caution}", highlight=False)
     if fmt is Format.TABLE and opened.min_contributions < 3:
         out.print(
             f"[yellow]note:[/yellow] a round of {opened.min_contributions} lets a contributor "

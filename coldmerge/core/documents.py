@@ -221,16 +221,19 @@ class ReleaseRecord(Document):
     """The coordinator's signed statement of what a release is and where it came from.
 
     `content_digest` names the bytes (see `coldmerge.core.digests`); `master_digest` the
-    fp32 master behind them. `previous_record` chains the records of one model.
+    fp32 master behind them; `state_digest` what the outer optimizer remembers for the next
+    round, if there is one. `previous_record` chains the records of one model.
     """
 
     schema_name = "coldmerge.release/1"
+    later = frozenset({"state_digest"})
 
     federation: Identifier
     model: Identifier
     number: int = Field(ge=0)
     content_digest: Sha256
     master_digest: Sha256
+    state_digest: Sha256 | None = None
     previous_record: Sha256 | None
     parents: tuple[Sha256, ...]
     round: Identifier | None

@@ -30,6 +30,7 @@ from coldmerge.rounds.statistics import statistics_for
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(?:[1-9][0-9]{0,8}[smhd])+")
+_METHOD = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _CRON = re.compile(r"\S+(?: +\S+){4,5}")
 _HINT = 'Write a number and a unit, such as "90s", "10m", "24h" or "7d".'
 
@@ -80,6 +81,7 @@ Duration = Annotated[
 
 
 ParameterName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Parameters = dict[ParameterName, str | int | float | bool]
 
 
 class _Frozen(BaseModel):
@@ -105,15 +107,24 @@ class GatePolicy(_Frozen):
 
 
 class MergePolicy(_Frozen):
-    """How the contributions become one task vector.
+    """How the contributions become one task vector, and what it does to the weights.
 
-    `parameters` are the method's own. What the method needs to know about the contributors'
-    data is asked of them: see `coldmerge.rounds.statistics`.
+    `parameters` are the method's own, `outer` the outer optimizer's with its `method`; both
+    are checked by whoever opens the round, who knows the methods. What the method needs to
+    know about the contributors' data is asked of them: see `coldmerge.rounds.statistics`.
     """
 
-    method: str = Field(default="mean", pattern=r"^[a-z][a-z0-9_]{0,31}$")
+    method: str = Field(default="mean", pattern=f"^{_METHOD.pattern}$")
     weights: Literal["uniform", "examples"] = "uniform"
-    parameters: dict[ParameterName, str | int | float | bool] = Field(default={}, max_length=64)
+    parameters: Parameters = Field(default={}, max_length=64)
+    outer: Parameters = Field(default={"method": "none"}, max_length=16)
+
+    @field_validator("outer")
+    @classmethod
+    def _names_its_method(cls, value: Parameters) -> Parameters:
+        if not _METHOD.fullmatch(str(value.get("method", ""))):
+            raise ValueError("needs a `method`, such as none or nesterov")
+        return value
 
     @model_validator(mode="after")
     def _asks_for_what_there_is(self) -> Self:

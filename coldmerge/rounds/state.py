@@ -62,6 +62,7 @@ class RoundView:
     evaluations: tuple[Evaluation, ...] = ()
     candidate_digest: str | None = None
     candidate_master: str | None = None
+    candidate_state: str | None = None
     evaluation_closes_at: datetime | None = None
     held: bool = False
     reason: str | None = None
@@ -114,10 +115,15 @@ class MergeStarted:
 
 @dataclass(frozen=True)
 class MergeDone:
-    """The candidate is durable: its content digest, and the digest of its fp32 master."""
+    """The candidate is durable: digests of its content, fp32 master and outer optimizer's state.
+
+    `note` is what an admin should know of the merge.
+    """
 
     candidate_digest: str
     candidate_master: str
+    candidate_state: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -301,7 +307,8 @@ def _merge_done(view: RoundView, event: MergeDone, now: datetime) -> Outcome:
         state=State.CANDIDATE,
         candidate_digest=event.candidate_digest,
         candidate_master=event.candidate_master,
-        reason=None,
+        candidate_state=event.candidate_state,
+        reason=event.note,
     )
     gate = view.policy.gate
     if gate is None:

@@ -18,12 +18,16 @@ from coldmerge.core.dtypes import blocks, nbytes
 from coldmerge.core.errors import IntegrityError, ResourceError
 from coldmerge.core.files import CHUNK_BYTES, PositionalFile
 from coldmerge.core.task_vector import TaskVector
-from coldmerge.merging import Input, Job, Pool, merger_class, uniform
+from coldmerge.merging import Input, Job, Pool
+from coldmerge.merging.outer import Outer
 from coldmerge.merging.pool import processors
 from coldmerge.rounds.policy import MergePolicy
+from coldmerge_coordinator.outer_step import OuterStep
+from coldmerge_coordinator.recipes import outer_of, recipe_of
 from coldmerge_coordinator.sources import Beat, Beating, Blobs
 from coldmerge_coordinator.store.blobs import BlobStore
-from coldmerge_coordinator.tensor_sink import TensorSink
+from coldmerge_coordinator.store.states import OuterState
+from coldmerge_coordinator.tensor_sink import Stored, TensorSink
 
 MAX_THREADS = 16
 """Memory is O(threads), so that a large machine does not need more than a small one has."""
@@ -39,48 +43,60 @@ class Sealed:
 
 @dataclass(frozen=True)
 class Work:
-    """All that a merge depends on: the base release, its masters, the inputs, the recipe."""
+    """All that a merge depends on: the base release with masters and state, inputs, recipe."""
 
     base: Content
     masters: Mapping[str, str]
+    state: OuterState | None
     inputs: Sequence[Sealed]
     policy: MergePolicy
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merged release, durable in the blobs and not yet in the database."""
+    """A merged release, durable in the blobs and not yet in the database.
+
+    `note`: what an admin should know of the merge.
+    """
 
     content: Content
     masters: dict[str, str]
+    state: OuterState | None
+    note: str | None
 
 
 def build(blobs: BlobStore, work: Work, beat: Beat) -> Candidate:
     """Merge tensor by tensor; `beat` is called at least once a block, from any thread.
 
-    The new master is float32(float64(master) + τ), rounded once; what is published is its
-    rendering in the base's type. Tensors that no input touches keep their blobs.
+    The new master is float32(float64(master) + what the outer optimizer makes of τ), rounded
+    once; what is published is its rendering in the base's type. Tensors that no input
+    touches, and the optimizer does not move, keep their blobs.
 
     Raises:
         IntegrityError: an input's file is not what its manifest promised.
         CheckpointError: the result does not fit the published type.
-        ConfigError: there is no such method, or not with these parameters.
+        ConfigError: no such method or optimizer, or not with these parameters.
         ResourceError: the disk is too small.
     """
     vectors = [TaskVector.open(sealed.payload) for sealed in work.inputs]
-    touched = frozenset[str]().union(*(vector.names for vector in vectors))
-    _check_disk(blobs.folder, work.base, touched)
+    optimizer = outer_of(work.policy)
+    job = _job(blobs, work, vectors, beat)
+    step = OuterStep(blobs, optimizer, work.state)
+    moving = [
+        entry for entry in work.base.tensors if entry.name in {*job.names, *step.before.names}
+    ]
+    _check_disk(blobs.folder, moving, optimizer)
     for sealed, vector in zip(work.inputs, vectors, strict=True):
         _verify(sealed, vector, beat)
-    job = _job(blobs, work, vectors, beat)
-    tensors, masters = [], dict(work.masters)
+    published, masters = dict(work.base.by_name), dict(work.masters)
     with Pool(min(processors(), MAX_THREADS)) as pool:
         job.survey(pool)
-        for entry in work.base.tensors:
-            if entry.name in touched and entry.name in masters:
-                entry, masters[entry.name] = _merge(blobs, work, entry, job, pool, beat)
-            tensors.append(entry)
-    return Candidate(Content(tuple(tensors), work.base.files), masters)
+        for entry in moving:
+            stored = _merge(blobs, job, step, pool, entry, masters[entry.name], beat)
+            published[entry.name] = entry.model_copy(update={"sha256": stored.published})
+            masters[entry.name] = stored.master
+    content = Content(tuple(published.values()), work.base.files)
+    return Candidate(content, masters, step.after(), step.note)
 
 
 def _job(blobs: BlobStore, work: Work, vectors: Sequence[TaskVector], beat: Beat) -> Job:
@@ -91,11 +107,7 @@ def _job(blobs: BlobStore, work: Work, vectors: Sequence[TaskVector], beat: Beat
         key = sealed.manifest.digest()
         inputs.append(Input(key, Beating(vector, beat), weight, sealed.manifest.contributor))
     inputs.sort(key=lambda item: item.key)
-    recipe = uniform(
-        merger_class(work.policy.method),
-        work.policy.parameters,
-        [item.weight for item in inputs],
-    )
+    recipe = recipe_of(work.policy, [item.weight for item in inputs])
     entries = [work.base.by_name[name] for name in work.masters]
     published = Blobs(blobs, {entry.name: (entry.sha256, entry.dtype) for entry in entries})
     return Job(published, {entry.name: entry.shape for entry in entries}, inputs, recipe)
@@ -130,24 +142,30 @@ def _corrupt(sealed: Sealed, where: str) -> IntegrityError:
 
 
 def _merge(
-    blobs: BlobStore, work: Work, entry: TensorEntry, job: Job, pool: Pool, beat: Beat
-) -> tuple[TensorEntry, str]:
-    masters = Blobs(blobs, {entry.name: (work.masters[entry.name], "F32")})
-    with TensorSink(blobs, entry.name, entry.dtype) as sink:
-        for block in job.tensor_in_order(entry.name, pool, onto=masters):
-            sink.write(block)
+    blobs: BlobStore,
+    job: Job,
+    step: OuterStep,
+    pool: Pool,
+    entry: TensorEntry,
+    master: str,
+    beat: Beat,
+) -> Stored:
+    """Merge one tensor into its blobs, and its slots into theirs."""
+    with TensorSink(blobs, entry.name, entry.dtype) as sink, step.tensor(entry, master) as moved:
+        for theta in moved.blocks(job, pool):
+            sink.write(theta)
             beat()
         stored = sink.commit()
+        moved.commit()
     beat()
-    return entry.model_copy(update={"sha256": stored.published}), stored.master
+    return stored
 
 
-def _check_disk(folder: Path, base: Content, touched: frozenset[str]) -> None:
+def _check_disk(folder: Path, moving: Sequence[TensorEntry], optimizer: Outer) -> None:
     needed = 0
-    for entry in base.tensors:
-        if entry.name in touched:
-            needed += nbytes("F32", entry.shape)
-            needed += 0 if entry.dtype == "F32" else entry.nbytes
+    for entry in moving:
+        needed += nbytes("F32", entry.shape) * (1 + len(optimizer.slots))
+        needed += 0 if entry.dtype == "F32" else entry.nbytes
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ResourceError(

@@ -19,10 +19,10 @@ from coldmerge.core.header import TensorSpec
 from coldmerge.core.ids import IDENTIFIER_RULE, is_identifier
 from coldmerge.core.names import is_private
 from coldmerge.core.progress import Advance, Counter, Progress, silent
-from coldmerge.merging import merger_class
 from coldmerge.rounds.policy import RoundTemplate
 from coldmerge.wire.channel import MAX_DOCUMENT_IN_MESSAGE
 from coldmerge.wire.convert import tensor_to_proto
+from coldmerge_coordinator.recipes import cautions, resolved
 from coldmerge_coordinator.schedule import next_tick
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store import releases as release_table
@@ -62,7 +62,7 @@ def add_model(
     memory this needs is a block.
 
     Raises:
-        ConfigError: the name, a pattern or the schedule is wrong.
+        ConfigError: the name, a pattern or the template is wrong.
         CheckpointError: no safetensors, a damaged file, nothing to merge, NaN or infinity.
         ConflictError: there is a model of that name.
         ResourceError: the disk is too small.
@@ -74,7 +74,7 @@ def add_model(
     _check_new(store, name)
     checkpoint = Checkpoint.open(folder)
     shared = _shared(checkpoint, private)
-    notes = _notes(checkpoint, private)
+    notes = (*_notes(checkpoint, private), *cautions(chosen.merge))
     _check_messages(checkpoint, shared)
     _check_disk(store.folder, checkpoint)
     total = sum(spec.nbytes for spec in checkpoint.tensors.values())
@@ -93,11 +93,14 @@ def add_model(
 
 def set_template(
     store: Store, name: str, template: RoundTemplate, *, clock: Clock | None = None
-) -> None:
+) -> tuple[str, ...]:
     """Replace the rules that the model's next rounds open with; its schedule counts from now.
 
+    Gives sentences that an admin should read.
+
     Raises:
-        ConfigError: no such merge method, or a schedule that never comes due.
+        ConfigError: no such merge method or outer optimizer, not with these parameters, or
+            a schedule that never comes due.
         NotFoundError: there is no such model.
     """
     now = (clock or SystemClock()).now()
@@ -106,6 +109,7 @@ def set_template(
         model = release_table.get_model(session, name, lock=True)
         model.template = template.to_json()
         model.last_scheduled_at = now
+    return cautions(template.merge)
 
 
 def _check_name(name: str) -> None:
@@ -123,9 +127,10 @@ def check_template(template: RoundTemplate, now: datetime) -> None:
     """Make sure that rounds can be opened and merged by `template`.
 
     Raises:
-        ConfigError: no such merge method, or a schedule that never comes due.
+        ConfigError: no such merge method or outer optimizer, not with these parameters, or
+            a schedule that never comes due.
     """
-    merger_class(template.merge.method)
+    resolved(template)
     if template.schedule is not None:
         next_tick(template.schedule.cron, template.schedule.timezone, now)
 

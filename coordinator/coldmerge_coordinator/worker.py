@@ -28,7 +28,7 @@ from coldmerge.core.files import raise_if_full
 from coldmerge.rounds.state import MergeDone, MergeFailed, MergeStarted, State
 from coldmerge_coordinator.candidate import Candidate, Sealed, Work, build
 from coldmerge_coordinator.logs import log_to_stderr
-from coldmerge_coordinator.store import Store, contributions, leases, notices, rounds
+from coldmerge_coordinator.store import Store, contributions, leases, notices, rounds, states
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.leases import Held
 
@@ -110,7 +110,7 @@ class Worker:
                 heart = _Heart(self, round_id, held)
                 candidate = build(self._store.blobs, self._work_of(round_id), heart.beat)
                 self._finish(round_id, held, candidate)
-            logger.info("merge.done", candidate=candidate.content.digest)
+            logger.info("merge.done", candidate=candidate.content.digest, note=candidate.note)
         except (_Interrupted, UnavailableError) as reason:
             logger.info("merge.interrupted", reason=str(reason))
             self._let_go(held)
@@ -131,6 +131,7 @@ class Worker:
             return Work(
                 base=release_table.get_listing(session, base.content_digest),
                 masters=release_table.get_masters(session, base.master_digest),
+                state=states.get_state(session, base.state_digest) if base.state_digest else None,
                 inputs=[
                     Sealed(
                         contributions.get_manifest(item), self._store.contributions / item.payload
@@ -145,8 +146,12 @@ class Worker:
         with self._store.database.write() as session:
             leases.check(session, held)
             digests = release_table.add_content(session, candidate.content, candidate.masters, now)
+            state = None
+            if candidate.state is not None:
+                state = states.add_state(session, candidate.state, candidate.content, now)
             row = rounds.get(session, round_id, lock=True)
-            rounds.apply(session, row, MergeDone(*digests), now, self._store.signer)
+            done = MergeDone(*digests, candidate_state=state, note=candidate.note)
+            rounds.apply(session, row, done, now, self._store.signer)
             leases.release(session, held, now)
 
     def _fail(self, round_id: str, held: Held, error: Exception) -> None:

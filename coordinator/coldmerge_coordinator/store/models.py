@@ -139,6 +139,18 @@ class Master(Base):
     created_at: Mapped[datetime]
 
 
+class OuterState(Base):
+    """What an outer optimizer remembers: `store.states.OuterState`, as JSON. Its blobs are private.
+
+    The round after a release reads the state that the release's record names.
+    """
+
+    __tablename__ = "outer_state"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    document: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
 class Blob(Base):
     """A stored tensor or file. `public` ones belong to a release or candidate and may be read."""
 
@@ -157,6 +169,7 @@ class Release(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     content_digest: Mapped[str] = mapped_column(ForeignKey("content.digest"), index=True)
     master_digest: Mapped[str] = mapped_column(ForeignKey("master.digest"))
+    state_digest: Mapped[str | None] = mapped_column(String(64))
     record: Mapped[bytes] = mapped_column(LargeBinary)
     signature: Mapped[bytes] = mapped_column(LargeBinary)
     published_at: Mapped[datetime]
@@ -181,6 +194,7 @@ class Round(Base):
     merge_attempts: Mapped[int]
     candidate_digest: Mapped[str | None] = mapped_column(ForeignKey("content.digest"), index=True)
     candidate_master: Mapped[str | None] = mapped_column(ForeignKey("master.digest"))
+    candidate_state: Mapped[str | None] = mapped_column(String(64))
     evaluation_closes_at: Mapped[datetime | None]
     held: Mapped[bool]
     release_number: Mapped[int | None]

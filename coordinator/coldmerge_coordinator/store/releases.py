@@ -208,13 +208,13 @@ def add_content(
     """
     sizes = {entry.sha256: entry.nbytes for entry in content.tensors}
     sizes |= {entry.sha256: entry.size for entry in content.files}
-    _add_blobs(session, sizes, public=True, now=now)
+    register(session, sizes, public=True, now=now)
     private = {
         sha256: dtypes.nbytes("F32", content.by_name[name].shape)
         for name, sha256 in masters.items()
         if sha256 not in sizes
     }
-    _add_blobs(session, private, public=False, now=now)
+    register(session, private, public=False, now=now)
     if session.get(models.Content, content.digest) is None:
         row = models.Content(digest=content.digest, listing=content.to_json(), created_at=now)
         session.add(row)
@@ -225,7 +225,8 @@ def add_content(
     return content.digest, digest
 
 
-def _add_blobs(session: Session, sizes: Mapping[str, int], *, public: bool, now: datetime) -> None:
+def register(session: Session, sizes: Mapping[str, int], *, public: bool, now: datetime) -> None:
+    """Write down blobs that are durable: sha256 → length. What is public stays public."""
     for sha256 in sorted(sizes):
         known = session.get(Blob, sha256)
         if known is None:
@@ -243,6 +244,7 @@ def publish(
     now: datetime,
     *,
     recipe: Recipe,
+    state_digest: str | None = None,
     parents: Sequence[str] = (),
     round_id: str | None = None,
     contributions: Sequence[str] = (),
@@ -250,7 +252,8 @@ def publish(
 ) -> Release:
     """Write the model's next release: number, signed record, chained to the one before.
 
-    `parents`: content digests it was made from; `contributions`: manifest digests.
+    `parents`: content digests it was made from; `contributions`: manifest digests;
+    `state_digest`: what the outer optimizer of the next round starts from.
 
     Raises:
         NotFoundError: no such model, content or master.
@@ -265,6 +268,7 @@ def publish(
         number=0 if previous is None else previous.number + 1,
         content_digest=content_digest,
         master_digest=master_digest,
+        state_digest=state_digest,
         previous_record=None if previous is None else get_record(previous).digest(),
         parents=tuple(parents),
         round=round_id,
@@ -279,6 +283,7 @@ def publish(
         number=record.number,
         content_digest=content_digest,
         master_digest=master_digest,
+        state_digest=state_digest,
         record=signed.document,
         signature=signed.signature,
         published_at=now,
@@ -292,6 +297,8 @@ def rollback(
     session: Session, signer: Signer, model: str, number: int, reason: str, now: datetime
 ) -> Release:
     """Publish the content of release `number` again, under the next number.
+
+    What the outer optimizer remembered then, it remembers again.
 
     Raises:
         NotFoundError: no such model or release.
@@ -308,7 +315,7 @@ def rollback(
             model=model,
             round=active.id,
         )
-    if (old.content_digest, old.master_digest) == (latest.content_digest, latest.master_digest):
+    if _substance(old) == _substance(latest):
         raise ConflictError(
             "release.already_latest",
             f"Release {number} of {model} has the content of the latest release.",
@@ -326,6 +333,11 @@ def rollback(
         old.master_digest,
         now,
         recipe=recipe,
+        state_digest=old.state_digest,
         parents=(old.content_digest,),
         flags=("rollback",),
     )
+
+
+def _substance(release: Release) -> tuple[str, str, str | None]:
+    return release.content_digest, release.master_digest, release.state_digest

@@ -20,6 +20,7 @@ from coldmerge.rounds import state
 from coldmerge.rounds.gate import check_evaluation
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import Effect, Event, RoundView, State
+from coldmerge_coordinator.recipes import resolved
 from coldmerge_coordinator.store import contributions, notices, releases
 from coldmerge_coordinator.store.models import Contributor, Evaluation, Release, Round
 from coldmerge_coordinator.store.releases import Recipe, Signer
@@ -117,6 +118,7 @@ def view(session: Session, row: Round) -> RoundView:
         ),
         candidate_digest=row.candidate_digest,
         candidate_master=row.candidate_master,
+        candidate_state=row.candidate_state,
         evaluation_closes_at=row.evaluation_closes_at,
         held=row.held,
         reason=row.reason,
@@ -125,12 +127,14 @@ def view(session: Session, row: Round) -> RoundView:
 
 
 def open_round(session: Session, model: str, policy: RoundPolicy, now: datetime) -> Round:
-    """Open a round on the model's latest release.
+    """Open a round on the model's latest release, with every parameter of its merge written down.
 
     Raises:
+        ConfigError: no such merge method or outer optimizer, or not with these parameters.
         NotFoundError: no such model, or it has no release.
         ConflictError: a round of the model is going on.
     """
+    policy = resolved(policy)
     releases.get_model(session, model, lock=True)  # openers queue up here
     base = releases.latest_release(session, model)
     _refuse_second(model, active_round(session, model))
@@ -203,6 +207,7 @@ def _store(session: Session, row: Round, after: RoundView, now: datetime) -> Non
             closes_at=after.closes_at,
             candidate_digest=after.candidate_digest,
             candidate_master=after.candidate_master,
+            candidate_state=after.candidate_state,
             evaluation_closes_at=after.evaluation_closes_at,
             held=after.held,
             reason=after.reason,
@@ -251,6 +256,7 @@ def _publish(
         row.candidate_master,
         now,
         recipe=recipe(get_policy(row)),
+        state_digest=row.candidate_state,
         parents=(row.base_digest,),
         round_id=row.id,
         contributions=tuple(row.sealed_inputs or ()),
@@ -260,7 +266,12 @@ def _publish(
 
 def recipe(policy: RoundPolicy) -> Recipe:
     """What a release record says about how a round merged."""
-    return {"method": policy.merge.method, "weights": policy.merge.weights, "mode": policy.mode}
+    merge = policy.merge
+    found: Recipe = {"method": merge.method, "weights": merge.weights, "mode": policy.mode}
+    found |= {f"parameters.{key}": value for key, value in merge.parameters.items()}
+    if merge.outer["method"] != "none":
+        found |= {f"outer.{key}": value for key, value in merge.outer.items()}
+    return found
 
 
 def record_evaluation(

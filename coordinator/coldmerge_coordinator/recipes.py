@@ -1,0 +1,76 @@
+"""How a round's policy names a merge, and what that is: the method and the outer optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from coldmerge.merging import Uniform, merger_class, uniform
+from coldmerge.merging.outer import Outer, outer
+from coldmerge.rounds.policy import MergePolicy, Parameters, RoundPolicy
+
+
+def recipe_of(policy: MergePolicy, weights: Sequence[float]) -> Uniform:
+    """The merge of inputs with these weights.
+
+    Raises:
+        ConfigError: no such method, or not with these parameters or of so many inputs.
+    """
+    recipe = uniform(merger_class(policy.method), policy.parameters, weights)
+    recipe.merger.check_inputs(len(weights))
+    return recipe
+
+
+def outer_of(policy: MergePolicy) -> Outer:
+    """The outer optimizer.
+
+    Raises:
+        ConfigError: there is no such one, or not with these parameters.
+    """
+    parameters = {key: value for key, value in policy.outer.items() if key != "method"}
+    return outer(str(policy.outer["method"]), parameters)
+
+
+P = TypeVar("P", bound=RoundPolicy)
+
+
+def resolved(policy: P) -> P:
+    """The policy with every parameter of its merge in it, defaults too, as a round freezes it.
+
+    Raises:
+        ConfigError: no such method or optimizer, or not with these parameters, or the
+            method cannot merge as many contributions as the round may seal with.
+    """
+    for count in {policy.min_contributions, policy.seals_at or policy.min_contributions}:
+        recipe_of(policy.merge, [1.0] * count)
+    return policy.model_copy(update={"merge": _resolved(policy.merge)})
+
+
+def _resolved(policy: MergePolicy) -> MergePolicy:
+    recipe = uniform(merger_class(policy.method), policy.parameters, [1.0])
+    optimizer = outer_of(policy)
+    found = {
+        **policy.parameters,
+        **recipe.each[0].model_dump(mode="json", by_alias=True, exclude={"weight"}),
+        **recipe.merger.model_dump(mode="json", by_alias=True),
+    }
+    return policy.model_copy(
+        update={
+            "parameters": _plain(found),
+            "outer": _plain({"method": optimizer.name, **optimizer.model_dump(mode="json")}),
+        }
+    )
+
+
+def _plain(values: Mapping[str, object]) -> Parameters:
+    return {key: value for key, value in values.items() if isinstance(value, str | int | float)}
+
+
+def cautions(policy: MergePolicy) -> tuple[str, ...]:
+    """What an admin should know before rounds merge by this policy, a sentence each.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    caution = merger_class(policy.method).caution
+    return (f"{policy.method}: {caution}",) if caution else ()
