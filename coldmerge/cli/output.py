@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -110,7 +111,7 @@ def _cell(value: object) -> str:
         return f"{value:%Y-%m-%d %H:%M:%S} UTC"
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value) or "–"
-    return str(value)
+    return escape(str(value))
 
 
 def when(message: Any, field: str) -> str | None:
@@ -166,12 +167,13 @@ def fail(error: ColdmergeError, fmt: Format) -> int:
     """Say what went wrong (JSON on standard output if asked) and return the exit status."""
     if fmt is Format.JSON:
         print_json({"error": error.as_dict()})
-    err.print(f"[bold red]error:[/bold red] {error.message} [dim]\\[{error.code}][/dim]")
+    message = escape(error.message)
+    err.print(f"[bold red]error:[/bold red] {message} [dim]\\[{error.code}][/dim]")
     for key, value in error.ids.items():
         err.print(f"  {key}: {value}", markup=False, highlight=False)
     if error.expected is not None:
         err.print(f"  expected: {error.expected}", markup=False, highlight=False)
     if error.got is not None:
         err.print(f"  got: {error.got}", markup=False, highlight=False)
-    err.print(f"  [bold]hint:[/bold] {error.hint}", highlight=False)
+    err.print(f"  [bold]hint:[/bold] {escape(error.hint)}", highlight=False)
     return error.exit_status

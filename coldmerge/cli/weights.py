@@ -196,7 +196,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
         names = ["/".join(one[-count:]) for one in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return [f"{one[-1]} ({number})" for number, one in enumerate(parts, 1)]
 
 
 def _check_picture(path: Path) -> None:
@@ -252,7 +252,7 @@ def _show_similarity(found: Similarity, per_layer: bool) -> None:
             {
                 title: f"{number} {label}",
                 "norm": float(norm),
-                **{str(n): f"{v:.{digits}f}" if v == v else None for n, v in enumerate(values, 1)},
+                **{str(n): _short(value, digits) for n, value in enumerate(values.tolist(), 1)},
             }
             for number, (label, norm, values) in enumerate(
                 zip(found.labels, total.norms, matrix, strict=True), 1
@@ -264,14 +264,18 @@ def _show_similarity(found: Similarity, per_layer: bool) -> None:
         layers = [
             {
                 "mean cosine by layer": layer,
-                **{
-                    str(n): None if value is None else f"{value:.{digits}f}"
-                    for n, value in enumerate(with_others(sums), 1)
-                },
+                **{str(n): _short(v, digits) for n, v in enumerate(with_others(sums), 1)},
             }
             for layer, sums in found.layers.items()
         ]
         print_rows(layers, Format.TABLE, empty="")
+
+
+def _short(value: float | None, digits: int) -> str | None:
+    """A number without a minus before zero; None for none and for NaN."""
+    if value is None or value != value:
+        return None
+    return f"{round(value, digits) + 0:.{digits}f}"
 
 
 def with_others(sums: Sums) -> list[float | None]:

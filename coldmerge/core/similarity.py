@@ -59,7 +59,7 @@ class Sums:
         """Cosine between the changes, float64 [N, N]; NaN where one of them is zero."""
         norms = self.norms
         with np.errstate(divide="ignore", invalid="ignore"):
-            found: Matrix = np.clip(self.dots / norms[:, None] / norms[None, :], -1.0, 1.0)
+            found: Matrix = np.clip(self.dots / np.outer(norms, norms), -1.0, 1.0)
         np.fill_diagonal(found, np.where(norms > 0, 1.0, np.nan))
         return found
 

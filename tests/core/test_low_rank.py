@@ -47,8 +47,8 @@ def test_factors_are_the_truncated_svd(
     rows: int, columns: int, rank: int, true_rank: int, seed: int
 ) -> None:
     draw = np.random.default_rng(seed)
-    matrix = draw.standard_normal((rows, true_rank)) @ draw.standard_normal((true_rank, columns))
-    matrix = matrix.astype(np.float32)
+    product = draw.standard_normal((rows, true_rank)) @ draw.standard_normal((true_rank, columns))
+    matrix = product.astype(np.float32)
     rank = min(rank, rows, columns)
     a, b = factors(matrix, rank)
     assert (a.shape, b.shape) == ((rank, columns), (rows, rank))
