@@ -15,9 +15,7 @@ from safetensors.numpy import load_file, save_file
 Tensors = dict[str, npt.NDArray[Any]]
 
 WIDTH, INNER, HEADS = 8, 12, 2
-WORDS = tuple(
-    ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away"]
-)
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 

@@ -1,0 +1,331 @@
+"""Model folders, adapters and task vectors in one plan; names, shapes and vocabularies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.digests import content_entries
+from coldmerge.core.errors import ColdmergeError
+from coldmerge.core.extraction import extract
+from coldmerge.merging.plan import Opened, load, run
+from tests.merging.models import (
+    WORDS,
+    Tensors,
+    adapter,
+    adapter_deltas,
+    llama,
+    stored,
+    tensors,
+    write_plan,
+)
+
+BASE = tensors(0)
+Q0, EMBED, HEAD = (
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+)
+
+
+def plan_text(*models: str, method: str = "task_arithmetic", extra: str = "") -> str:
+    listed = "".join(f"  - model: {model}\n" for model in models)
+    base = "" if method == "linear" else "base_model: base\n"
+    return f"merge_method: {method}\n{base}models:\n{listed}{extra}"
+
+
+def merged(tmp_path: Path, text: str, **options: Any) -> tuple[Tensors, list[str]]:
+    plan = load(write_plan(tmp_path, text))
+    with Opened(plan, **options) as opened:
+        run(plan, opened, tmp_path / "out", threads=2)
+        notes = opened.notes
+    return stored(tmp_path / "out"), notes
+
+
+def refused(tmp_path: Path, text: str, **options: Any) -> ColdmergeError:
+    with pytest.raises(ColdmergeError) as caught:
+        merged(tmp_path, text, **options)
+    assert not (tmp_path / "out").exists()
+    return caught.value
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return llama(tmp_path / "base")
+
+
+def vector(base: Path, tuned: Path, out: Path, digest: str | None = None) -> Path:
+    opened = Checkpoint.open(base)
+    extract(opened, tuned, out, base_digest=digest or content_entries(opened).digest)
+    return out
+
+
+def test_folders_adapters_and_task_vectors_mix(tmp_path: Path, base: Path) -> None:
+    llama(tmp_path / "one", 1)
+    vector(base, llama(tmp_path / "two", 2), tmp_path / "two.safetensors")
+    deltas = adapter_deltas(adapter(tmp_path / "lora"))
+    found, notes = merged(tmp_path, plan_text("one", "two.safetensors", "lora"))
+    for name, array in BASE.items():
+        expected = array.astype(np.float64)
+        for seed in (1, 2):
+            expected = expected + (tensors(seed)[name].astype(np.float64) - array)
+        expected = expected + deltas.get(name, 0.0)
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=2e-6, err_msg=name)
+    assert notes == []
+
+
+@pytest.mark.parametrize("under", ["base", "one"])
+def test_a_model_with_an_adapter_is_the_model_with_it_merged_in(
+    tmp_path: Path, base: Path, under: str
+) -> None:
+    llama(tmp_path / "one", 1)
+    deltas = adapter_deltas(adapter(tmp_path / "lora"))
+    found, _ = merged(tmp_path, plan_text(f"{under}+lora"))
+    for name, array in tensors(1 if under == "one" else 0).items():
+        expected = array.astype(np.float64) + deltas.get(name, 0.0)
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_a_method_without_a_base_may_begin_with_an_adapted_model(tmp_path: Path) -> None:
+    llama(tmp_path / "one", 1)
+    llama(tmp_path / "two", 2)
+    deltas = adapter_deltas(adapter(tmp_path / "lora"))
+    found, _ = merged(tmp_path, plan_text("one+lora", "two", method="linear"))
+    expected = (tensors(1)[Q0] + deltas[Q0] + tensors(2)[Q0]) / 2
+    np.testing.assert_allclose(found[Q0], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_inputs_of_any_float_type_merge_into_the_type_of_the_base(
+    tmp_path: Path, dtype: str
+) -> None:
+    llama(tmp_path / "base", dtype=dtype)
+    llama(tmp_path / "one", 1, dtype="bfloat16")
+    llama(tmp_path / "two", 2, dtype="float16")
+    found, _ = merged(tmp_path, plan_text("one", "two", method="linear"))
+    assert {str(x.dtype) for x in found.values()} == {"bfloat16"}
+    (tmp_path / "out").rename(tmp_path / "first")
+    found, _ = merged(tmp_path, plan_text("one", "two"))
+    assert {str(x.dtype) for x in found.values()} == {dtype}
+
+
+def test_wrapped_names_are_followed_and_other_tensors_left_out(tmp_path: Path, base: Path) -> None:
+    tuned = {f"base_model.model.{name}": x for name, x in tensors(1).items()}
+    extra = {"value_head.weight": np.ones(3, np.float32)}
+    llama(tmp_path / "one", 1, changes={**dict.fromkeys(BASE), **tuned, **extra})
+    found, notes = merged(tmp_path, plan_text("one"))
+    np.testing.assert_allclose(found[Q0], tensors(1)[Q0], atol=1e-6)
+    assert len(notes) == 1
+    assert "value_head.weight" in notes[0]
+
+
+def test_tied_weights_that_are_saved_once_are_followed(tmp_path: Path) -> None:
+    llama(tmp_path / "base", changes={HEAD: BASE[EMBED]})
+    llama(tmp_path / "one", 1, changes={HEAD: None})
+    found, _ = merged(tmp_path, plan_text("one"))
+    np.testing.assert_array_equal(found[HEAD], found[EMBED])
+    np.testing.assert_allclose(found[HEAD], tensors(1)[EMBED], atol=1e-6)
+
+
+def test_missing_tensors_are_refused_by_name(tmp_path: Path, base: Path) -> None:
+    names = sorted(name for name in BASE if "mlp" in name)
+    llama(tmp_path / "one", 1, changes=dict.fromkeys(names))
+    error = refused(tmp_path, plan_text("one"))
+    assert error.code == "plan.tensors_missing"
+    assert f"one lacks 4 tensors of the base: {', '.join(names[:3])}, …" in error.message
+    assert "line 4" in error.message
+
+
+def test_other_shapes_are_refused_naming_the_first_three(tmp_path: Path, base: Path) -> None:
+    names = sorted(name for name in BASE if "proj" in name)
+    wrong = {name: np.ones((3, 5), np.float32) for name in names}
+    llama(tmp_path / "one", 1, changes=wrong)
+    error = refused(tmp_path, plan_text("one"))
+    assert "extract.shape_mismatch" in error.message
+    assert f"8 tensors of the fine-tune have another shape: {', '.join(names[:3])}" in error.message
+    assert "line 4" in error.message
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path: Path, base: Path) -> None:
+    adapter(tmp_path / "wide", width=16)
+    error = refused(tmp_path, plan_text("wide"))
+    assert "adapter.shape_mismatch" in error.message
+    adapter(tmp_path / "strange", name="query_key_value")
+    assert "extract.no_match" in refused(tmp_path, plan_text("strange")).message
+
+
+def test_a_task_vector_of_another_base_is_refused(tmp_path: Path, base: Path) -> None:
+    vector(base, llama(tmp_path / "one", 1), tmp_path / "v.safetensors", "ab" * 32)
+    error = refused(tmp_path, plan_text("v.safetensors"))
+    assert "task_vector.other_base" in error.message
+    assert error.got == "ab" * 32
+
+
+def test_a_base_is_needed_and_is_a_model(tmp_path: Path, base: Path) -> None:
+    adapter(tmp_path / "lora")
+    assert refused(tmp_path, plan_text("lora", method="linear")).code == "plan.base_missing"
+    text = plan_text("base").replace("base_model: base\n", "")
+    assert refused(tmp_path, text).code == "plan.base_missing"
+    assert refused(tmp_path, plan_text("base")).code == "plan.no_inputs"
+    text = plan_text("base").replace("base_model: base", "base_model: lora")
+    assert refused(tmp_path, text).code == "plan.base_not_a_model"
+
+
+def test_a_method_that_takes_two_models_refuses_three(tmp_path: Path, base: Path) -> None:
+    for seed in (1, 2):
+        llama(tmp_path / f"m{seed}", seed)
+    error = refused(tmp_path, plan_text("m1", "m2", method="slerp"))
+    assert error.code == "plan.input_count"
+    assert "line 1" in error.message
+
+
+def reordered(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A fine-tune with the base's words in another order, two gone and two new."""
+    words = [*reversed(WORDS[2:]), "pad", "hello", "world"]
+    return llama(tmp_path / "other", 1, words=words), words
+
+
+def test_another_vocabulary_is_refused_with_the_flag_that_handles_it(
+    tmp_path: Path, base: Path
+) -> None:
+    reordered(tmp_path)
+    error = refused(tmp_path, plan_text("other"))
+    assert error.code == "plan.vocabularies_differ"
+    assert "--vocabulary base" in error.hint
+    assert "tokenizer_source: base" in error.hint
+    assert (str(error.expected)[:2], str(error.got)[:2]) == ("12", "13")
+
+
+@pytest.mark.parametrize("by", ["flag", "plan", "name"])
+def test_rows_are_matched_by_token_onto_the_bases_vocabulary(
+    tmp_path: Path, base: Path, by: str
+) -> None:
+    folder, words = reordered(tmp_path)
+    source = {"plan": "tokenizer_source: base", "name": "tokenizer: {source: base}", "flag": ""}
+    found, notes = merged(
+        tmp_path, plan_text("other", extra=source[by] + "\n"), by_token=by == "flag"
+    )
+    theirs = stored(folder)
+    for name in (EMBED, HEAD):
+        for row, word in enumerate(WORDS):
+            expected = theirs[name][words.index(word)] if word in words else BASE[name][row]
+            np.testing.assert_allclose(found[name][row], expected, atol=1e-6, err_msg=word)
+    assert "2 tokens of the base are not in its vocabulary" in notes[0]
+    tokenizer = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    assert tokenizer == (base / "tokenizer.json").read_bytes()
+
+
+def test_rows_of_a_vocabulary_do_not_depend_on_blocks(tmp_path: Path, base: Path) -> None:
+    reordered(tmp_path)
+    plan = load(write_plan(tmp_path, plan_text("other")))
+    with Opened(plan, by_token=True) as opened:
+        source = opened.inputs[0].source
+        whole = source.block(EMBED, 0, 96)
+        parts = [source.block(EMBED, at, min(at + 13, 96)) for at in range(0, 96, 13)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_the_same_size_with_other_words_is_refused_and_a_few_are_noted(
+    tmp_path: Path, base: Path
+) -> None:
+    llama(tmp_path / "shuffled", 1, words=WORDS[::-1])
+    error = refused(tmp_path, plan_text("shuffled"))
+    assert error.code == "plan.vocabularies_differ"
+    assert 'row 0 is "the" in the base and "away" here' in str(error.got)
+    llama(tmp_path / "close", 1, words=[*WORDS[:-1], "<|im_end|>"])
+    _, notes = merged(tmp_path, plan_text("close"))
+    assert "8.33%" in notes[0]
+    assert "`--vocabulary base`" in notes[0]
+
+
+def test_a_vocabulary_that_is_not_there_cannot_be_matched(tmp_path: Path, base: Path) -> None:
+    folder, _ = reordered(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    assert refused(tmp_path, plan_text("other"), by_token=True).code == "plan.no_vocabulary"
+
+
+def test_the_vocabulary_of_another_model_than_the_base_is_refused(
+    tmp_path: Path, base: Path
+) -> None:
+    llama(tmp_path / "one", 1)
+    error = refused(tmp_path, plan_text("one", extra="tokenizer_source: one\n"))
+    assert error.code == "plan.vocabulary_source"
+    assert "line 5" in error.message
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "vocab.txt", "unigram", "added"])
+def test_vocabularies_are_read_in_every_form(tmp_path: Path, base: Path, kind: str) -> None:
+    folder, words = reordered(tmp_path)
+    table = {word: row for row, word in enumerate(words)}
+    (folder / "tokenizer.json").unlink()
+    if kind == "vocab.json":
+        (folder / kind).write_text(json.dumps(table))
+    elif kind == "vocab.txt":
+        (folder / kind).write_text("\n".join(words) + "\n")
+    elif kind == "unigram":
+        pairs = {"model": {"type": "Unigram", "vocab": [[word, -1.0] for word in words]}}
+        (folder / "tokenizer.json").write_text(json.dumps(pairs))
+    else:
+        added = [{"id": table.pop(word), "content": word} for word in words[:3]]
+        body = {"model": {"vocab": table}, "added_tokens": added}
+        (folder / "tokenizer.json").write_text(json.dumps(body))
+    found, _ = merged(tmp_path, plan_text("other"), by_token=True)
+    np.testing.assert_allclose(
+        found[EMBED][WORDS.index("fox")], stored(folder)[EMBED][words.index("fox")], atol=1e-6
+    )
+
+
+def test_the_configuration_names_the_type_that_was_written(tmp_path: Path, base: Path) -> None:
+    llama(tmp_path / "one", 1)
+    merged(tmp_path, plan_text("one", extra="dtype: bfloat16\n"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    before = json.loads((base / "config.json").read_text())
+    assert config == {**before, "torch_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [("'{{ mine }}'", "{{ mine }}"), ("auto", "B")])
+def test_chat_templates(tmp_path: Path, base: Path, wanted: str, expected: str) -> None:
+    for seed, template in enumerate(["A", "B", "B"]):
+        folder = llama(tmp_path / f"m{seed}", seed + 1)
+        if seed == 1:
+            (folder / "chat_template.jinja").write_text(template)
+        else:
+            (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    merged(tmp_path, plan_text("m0", "m1", "m2", extra=f"chat_template: {wanted}\n"))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == expected
+
+
+def test_models_are_found_where_they_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama(tmp_path / "shelf" / "owner" / "base")
+    llama(tmp_path / "shelf" / "one", 1)
+    llama(tmp_path / "here" / "two", 2)
+    cached = tmp_path / "hub" / "models--owner--three"
+    llama(cached / "snapshots" / "abc123", 3)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path / "here")
+    text = plan_text("owner/one", "two", "owner/three").replace("model: base", "model: owner/base")
+    found, _ = merged(tmp_path, text, models=tmp_path / "shelf")
+    expected = sum(tensors(seed)[Q0] - BASE[Q0] for seed in (1, 2, 3)) + BASE[Q0]
+    np.testing.assert_allclose(found[Q0], expected, atol=2e-6)
+
+
+def test_a_model_that_is_nowhere_is_named_with_what_to_type(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    error = refused(tmp_path, plan_text("owner/gone@main"))
+    assert error.code == "plan.model_not_found"
+    assert "line 4" in error.message
+    assert "`hf download owner/gone`" in error.hint
+    error = refused(tmp_path, plan_text("base+./gone"))
+    assert "the model ./gone" in error.message
+    assert "hf download" not in error.hint
