@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -81,7 +81,7 @@ def task_vectors(models: Inputs) -> Inputs:
     """What contributors would ship: task vectors with their trim thresholds."""
     found = []
     for source in models.sources:
-        out = source.with_name(f"{source.name}-vector")
+        out = source.with_name(f"{source.name}.safetensors")
         if not out.exists():
             folders = [models.base, source, out]
             measure([*COLDMERGE, "extract", *folders, "--trim", str(DENSITY)], limit=LIMIT)
@@ -303,29 +303,38 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def show(rows: Sequence[Mapping[str, object]], options: argparse.Namespace) -> None:
+    """Print rows as they were asked for."""
+    if options.format == "json":
+        print(json.dumps({"rows": rows, "machine": machine()}, indent=2))
+        return
+    print(f"{options.sources} sources, {options.dtype}; {json.dumps(machine())}")
+    print_rows([{key: one[key] for key in SHOWN} for one in rows], Format.TABLE, empty="")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and print; 1 if any merge disagrees with mergekit's."""
     options = parse(arguments)
     if options.list:
         print("\n".join(METHODS))
         return 0
-    rows = list(
-        benchmark(
-            Llama.of(options.parameters),
-            options.dtype,
-            options.sources,
-            options.methods,
-            repeats=options.repeats,
-            peer=None if options.no_peer else peers.mergekit(options.peer_env),
-            work=options.work,
+    peer = None if options.no_peer else peers.mergekit(options.peer_env)
+    rows: list[dict[str, object]] = []
+    try:
+        rows.extend(
+            benchmark(
+                Llama.of(options.parameters),
+                options.dtype,
+                options.sources,
+                options.methods,
+                repeats=options.repeats,
+                peer=peer,
+                work=options.work,
+            )
         )
-    )
-    if options.format == "json":
-        print(json.dumps({"rows": rows, "machine": machine()}, indent=2))
-    else:
-        shown = [{column: one[column] for column in SHOWN} for one in rows]
-        print(f"{options.sources} sources, {options.dtype}; {json.dumps(machine())}")
-        print_rows(shown, Format.TABLE, empty="")
+    finally:
+        if rows:  # also those before a method that failed
+            show(rows, options)
     wrong = [str(one["method"]) for one in rows if one["agrees"] is False]
     if wrong:
         say(f"These do not agree with mergekit: {', '.join(wrong)}")
