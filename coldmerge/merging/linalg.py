@@ -18,8 +18,8 @@ from coldmerge.merging.block import Block
 ZERO = 1e-6
 """Singular values below this share of the largest are rounding of float32 inputs, not change."""
 
-_RESOLVED = 1e-4
-"""The smallest share of the largest singular value that a Gram matrix gives to 1e-7."""
+_RESOLVED = 3e-5
+"""The smallest share of the largest singular value that a Gram matrix resolves to 1e-6."""
 
 _STEP = 2**16
 

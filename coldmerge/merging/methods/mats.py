@@ -68,7 +68,8 @@ class Mats(Merger):
         # in the basis of its eigenvectors ΣG is a diagonal, and a step costs no product
         values, basis = np.linalg.eigh(operator)
         np.maximum(values, 0, out=values)
-        return (self._descend(values, right @ basis, start @ basis) @ basis.T).reshape(-1)
+        solution: Floats64 = self._descend(values, right @ basis, start @ basis) @ basis.T
+        return solution.reshape(-1)
 
     def _descend(self, diagonal: Floats64, right: Floats64, start: Floats64) -> Floats64:
         """Conjugate gradients on diagonal · x = right, all entries together, from `start`."""

@@ -68,4 +68,4 @@ class RegMean(Merger):
         pull[pull <= 0] = 1.0  # no data in this direction: it is the mean, whatever the pull
         grams[np.diag_indices(width)] += pull
         answers += mean * (pull / weights)
-        return np.linalg.solve(grams, answers.T).T.reshape(-1)
+        return np.linalg.solve(grams, answers.T).astype(np.float64, copy=False).T.reshape(-1)

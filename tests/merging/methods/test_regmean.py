@@ -26,7 +26,9 @@ class Layer:
         self.base = rng.standard_normal((out, width)).astype(np.float32)
         self.taus = rng.standard_normal((count, out, width)).astype(np.float32)
         self.data = [rng.integers(-8, 9, (tokens, width)).astype(np.float64) for _ in range(count)]
-        self.grams = [x.T @ x for x in self.data]  # integers: exact in float32
+        self.grams: list[Floats64] = [
+            cast(Floats64, x.T @ x) for x in self.data
+        ]  # integers: exact in float32
         self.weights = list(rng.uniform(0.2, 2, count))
 
     @property
@@ -51,8 +53,7 @@ def reference(layer: Layer, reduce: float) -> Floats64:
     for gram, theta, weight in zip(layer.grams, layer.thetas, layer.weights, strict=True):
         shrunk = weight * (reduce * gram + (1 - reduce) * np.diag(np.diag(gram)))
         total, answers = total + shrunk, answers + shrunk @ theta.T
-    solution: Floats64 = np.linalg.solve(total, answers).T
-    return solution
+    return np.linalg.solve(total, answers).T.astype(np.float64)
 
 
 @quick
