@@ -104,6 +104,7 @@ class CheckpointWriter:
         self._max_shard_bytes = max_shard_bytes
         self.slots = Slots({})
         self._written: dict[str, int] = {}
+        self._headers: dict[Path, bytes] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -159,9 +160,9 @@ class CheckpointWriter:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         try:
             preallocate(fd, len(header) + (specs[-1].stop if specs else 0))
-            write_all(fd, header, 0)
         finally:
             os.close(fd)
+        self._headers[path] = header
         for spec in specs:
             self.slots.places[spec.name] = (path, len(header) + spec.start, spec)
             self._written[spec.name] = 0
@@ -243,8 +244,18 @@ class CheckpointWriter:
                 hint="Write every declared tensor to its end.",
                 folder=self.folder,
             )
+        self._write_headers()
         for path in sorted(self._partial.rglob("*"), reverse=True):
             fsync_path(path)
         fsync_path(self._partial)
         self._partial.rename(self.folder)
         fsync_path(self.folder.parent)
+
+    def _write_headers(self) -> None:
+        """Last of all: a killed process leaves shards that begin with zeros and do not load."""
+        for path, header in self._headers.items():
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                write_all(fd, header, 0)
+            finally:
+                os.close(fd)
