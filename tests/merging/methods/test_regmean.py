@@ -26,9 +26,7 @@ class Layer:
         self.base = rng.standard_normal((out, width)).astype(np.float32)
         self.taus = rng.standard_normal((count, out, width)).astype(np.float32)
         self.data = [rng.integers(-8, 9, (tokens, width)).astype(np.float64) for _ in range(count)]
-        self.grams: list[Floats64] = [
-            cast(Floats64, x.T @ x) for x in self.data
-        ]  # integers: exact in float32
+        self.grams: list[Floats64] = [x.T @ x for x in self.data]  # integers: exact in float32
         self.weights = list(rng.uniform(0.2, 2, count))
 
     @property
