@@ -135,13 +135,15 @@ def _block(
     dots = wide @ wide.T
     if not np.isfinite(dots).all():
         _blame(ground, rows, base, labels, name)
-    above, below = ((rows > 0).astype(np.float32), (rows < 0).astype(np.float32))
-    return Sums(dots, _count(above) + _count(below), _count(above + below))
+    signs = np.sign(rows, out=rows)
+    surplus = _products(signs)
+    both = _products(np.abs(signs, out=signs))
+    return Sums(dots, (surplus + both) / 2, both)
 
 
-def _count(marks: Floats32) -> Matrix:
-    """Inner products of rows of zeros and ones: exact, since a row has less than 2^24."""
-    return (marks @ marks.T).astype(np.float64)
+def _products(signs: Floats32) -> Matrix:
+    """Inner products of rows of -1, 0 and 1: exact, since a row has less than 2^24."""
+    return (signs @ signs.T).astype(np.float64)
 
 
 def _blame(
