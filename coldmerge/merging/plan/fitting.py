@@ -143,9 +143,10 @@ class Fitter:
     def _check_missing(self, named: Named, model: Checkpoint, found: Matching) -> None:
         if found.missing:
             first = ", ".join(found.missing[:3])
+            tensors = "a tensor" if len(found.missing) == 1 else f"{len(found.missing)} tensors"
             raise TaskVectorError(
                 "plan.tensors_missing",
-                f"{named.where}: {named.name} lacks {len(found.missing)} tensors of the base:"
+                f"{named.where}: {named.name} lacks {tensors} of the base:"
                 f" {first}{', …' if len(found.missing) > 3 else ''}.",
                 expected=f"all {len(self.base.tensors)} tensors of {self.base.folder}",
                 got=f"{len(model.tensors)} tensors, {len(found.pairs)} of them the base's",
@@ -159,6 +160,5 @@ class Fitter:
         if kept:
             names = ", ".join(name for name, _ in kept[:3]) + (", …" if len(kept) > 3 else "")
             self.notes.append(
-                f"{named.name}: {len(kept)} tensors that are no floats of the base are left out:"
-                f" {names}."
+                f"{named.name}: left out, since the base has no such floats: {names}."
             )
