@@ -17,6 +17,11 @@ from coldmerge.merging.sparsify import Mask, SparseMerger
 class Dare(SparseMerger):
     """DARE (arXiv 2311.03099): keep each entry with probability `density`, rescale the rest."""
 
+    caution: ClassVar[str] = (
+        "each round drops anew from what the last one left, so that a model decays over rounds "
+        "(mergekit issue 258)"
+    )
+
     rescale: bool = Field(default=True, description="Scale up what was kept.")
     rescale_by: Literal["norm", "density"] = Field(
         default="norm",
