@@ -3,47 +3,74 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from coldmerge.core.documents import Statistic
+from coldmerge.core.errors import NotFoundError
 from coldmerge.core.files import fsync_path
 from coldmerge.core.progress import Progress, silent
+from coldmerge.core.statistics import FOLDER, Measured
 from coldmerge_client.files import exclusive, read_json, write_json
 from coldmerge_client.home import Home
 from coldmerge_client.pull import Pulled
 from coldmerge_client.training.config import TrainConfig
-from coldmerge_client.training.trainer import Trained, TrainJob, load_trainer
+from coldmerge_client.training.trainer import Trained, TrainJob, load_trainer, measuring
 
 
-def train(home: Home, base: Pulled, config: TrainConfig, *, progress: Progress = silent) -> Trained:
+def train(
+    home: Home,
+    base: Pulled,
+    config: TrainConfig,
+    *,
+    statistics: Collection[Statistic] = (),
+    progress: Progress = silent,
+) -> Trained:
     """Fine-tune `base` by `config`; the same again answers at once, an interrupted one resumes.
 
     The private head is kept in the home folder and starts the next training. Each release
-    is trained from with a seed of its own, so that `max_examples` draws afresh.
+    is trained from with a seed of its own, so that `max_examples` draws afresh. `statistics`
+    are measured afterwards, unless they were before.
 
     Raises:
         ConflictError: another process trains this model.
         DataError: the training data cannot be used.
+        ConfigError: the trainer cannot measure.
     """
     with exclusive(home.lock(f"train-{base.model}"), f"training {base.model}", wait=False):
         trained = finished(home, base, config)
         if trained is None:
-            head = home.head(base.model)
-            job = TrainJob(
-                release=base.folder,
-                out=_folder(home, base) / "run",
-                head=head if head.exists() else None,
-                config=config,
-                seed=config.seed + (base.number or 0),
-                private=base.private,
-                digest=base.digest,
-                cache=home.cache / "features",
-            )
-            trained = load_trainer(config).train(job, progress)
+            trained = load_trainer(config).train(_job(home, base, config), progress)
             _remember(home, base, config, trained)
         if trained.head is not None:
             _keep_head(trained.head, home.head(base.model))
+        if statistics and not _measured(trained, statistics):
+            trainer = measuring(load_trainer(config), config)
+            trainer.measure(_job(home, base, config), trained, statistics, progress)
         return trained
+
+
+def _job(home: Home, base: Pulled, config: TrainConfig) -> TrainJob:
+    head = home.head(base.model)
+    return TrainJob(
+        release=base.folder,
+        out=_folder(home, base) / "run",
+        head=head if head.exists() else None,
+        config=config,
+        seed=config.seed + (base.number or 0),
+        private=base.private,
+        digest=base.digest,
+        cache=home.cache / "features",
+    )
+
+
+def _measured(trained: Trained, statistics: Collection[Statistic]) -> bool:
+    try:
+        Measured.open(trained.folder / FOLDER, statistics)
+    except NotFoundError:
+        return False
+    return True
 
 
 def finished(home: Home, base: Pulled, config: TrainConfig | None = None) -> Trained | None:

@@ -6,7 +6,7 @@ Of release tensor `<name>`, always as float32, whatever the encoding of the delt
 - `<name>.gram`: XᵀX of a linear layer's inputs, (in, in), for a weight of shape (out, in);
 - `<name>.trim`: one number, the k-th largest magnitude of the delta at a density.
 
-Fisher and gram are measured during training and wait in a folder beside the fine-tune:
+Fisher and gram are measured after training and wait in `statistics/` of the fine-tune:
 `model.safetensors` (or shards) under these keys, and `statistics.json` with what they were
 made of, {"fisher": examples, "gram": tokens}. Thresholds are computed by the extraction.
 """
@@ -26,6 +26,7 @@ from coldmerge.core.dtypes import FLOATS, Floats32
 from coldmerge.core.errors import CheckpointError, NotFoundError
 
 KINDS: tuple[Statistic, ...] = get_args(Statistic)
+FOLDER = "statistics"
 COUNTS = "statistics.json"
 DTYPE = "F32"
 

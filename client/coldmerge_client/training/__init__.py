@@ -9,6 +9,7 @@ from __future__ import annotations
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.trainer import (
     EvaluateJob,
+    Measures,
     Predictions,
     Trained,
     Trainer,
@@ -18,6 +19,7 @@ from coldmerge_client.training.trainer import (
 
 __all__ = [
     "EvaluateJob",
+    "Measures",
     "Predictions",
     "TrainConfig",
     "TrainJob",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from coldmerge.core.documents import Statistic
 from coldmerge.core.progress import Progress, silent
+from coldmerge.core.statistics import FOLDER
 from coldmerge.evaluation import scores
-from coldmerge_client.training import heads, lora, models, trunk
+from coldmerge_client.training import heads, lora, measuring, models, trunk
 from coldmerge_client.training.batches import IGNORED, Collator, Features
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.fit import fit
@@ -84,6 +87,48 @@ class HuggingFaceTrainer(ABC):
             model, head = self._model(job, data.labels, tokenizer)
             metrics = self._fit(job, space, model, head, data, Collator(tokenizer), progress)
             return self._save(space, model, tokenizer, head, data, metrics)
+
+    def measure(
+        self,
+        job: TrainJob,
+        trained: Trained,
+        kinds: Collection[Statistic],
+        progress: Progress = silent,
+    ) -> None:
+        """See `Measures`."""
+        folder = trained.folder
+        with models.threads(self.config), TemporaryDirectory(dir=folder.parent) as scratch:
+            tokenizer = models.load_tokenizer(job.release)
+            data = self.prepare(replace(job, head=trained.head), tokenizer, Path(scratch))
+            model, weights = self._tuned(job, trained, data.labels)
+            if model.config.pad_token_id is None:
+                model.config.pad_token_id = tokenizer.pad_token_id
+            tuned = measuring.Tuned(
+                model, weights, data.train, Collator(tokenizer), self.config, self.shift
+            )
+            measuring.measure(tuned, kinds, folder / FOLDER, progress)
+
+    def _tuned(
+        self, job: TrainJob, trained: Trained, labels: Sequence[str]
+    ) -> tuple[Any, dict[str, str]]:
+        """The tuned model, adapters merged, and the names of what is shipped of it."""
+        settings = {"dtype": torch.float32}
+        is_lora = self.config.method == "lora"
+        if is_lora:
+            model = lora.merged(self.load(job, labels, settings), trained.folder)
+        else:
+            model = self.load(replace(job, release=trained.folder), labels, settings)
+        names = models.Names(model, job.release, job.private)
+        kept = heads.kept(trained.head, self.task)
+        if kept is not None:
+            kept.fill(names.parameters, labels)
+        stays = {*names.head(), *names.frozen(self.config.freeze)}
+        targets = lora.targets(trained.folder) if is_lora else set(names.parameters)
+        return model, {
+            name: known
+            for name, known in names.canonical.items()
+            if known is not None and name in targets and name not in stays
+        }
 
     def _model(self, job: TrainJob, labels: Sequence[str], tokenizer: Any) -> tuple[Any, Head]:
         """The model, ready to train, and its head."""

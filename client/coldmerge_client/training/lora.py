@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from coldmerge.core.adapters import Adapter
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.errors import ConfigError
 from coldmerge_client.training import models
@@ -57,6 +58,20 @@ def wrap(model: Any, config: TrainConfig, names: models.Names, head: Sequence[st
             got=", ".join(lora.target_modules or ()) or "no `lora.target_modules`",
             hint="Name the linear layers in `lora.target_modules`, for example [query, value].",
         ) from error
+
+
+def merged(model: Any, adapter: Path) -> Any:
+    """`model` with the trained adapter, and the modules saved with it, merged into it."""
+    import peft
+
+    with models.quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep", FutureWarning)
+        return peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+def targets(adapter: Path) -> set[str]:
+    """The weights that an adapter changes, by the model's own names."""
+    return {target.weight for target in Adapter(adapter).targets.values()}
 
 
 def trained_copies(model: Any, head: Sequence[str]) -> dict[str, torch.Tensor]:

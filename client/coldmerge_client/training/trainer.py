@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from coldmerge.core.documents import Statistic
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.progress import Progress, silent
 from coldmerge_client.training.config import TrainConfig
@@ -89,6 +91,40 @@ class Trainer(Protocol):
     def predict(self, job: EvaluateJob, progress: Progress = silent) -> Predictions:
         """Predict the validation labels; base and candidate must get the same items."""
         ...
+
+
+class Measures(Protocol):
+    """What a trainer may have besides, for rounds whose merge method needs statistics."""
+
+    def measure(
+        self,
+        job: TrainJob,
+        trained: Trained,
+        kinds: Collection[Statistic],
+        progress: Progress = silent,
+    ) -> None:
+        """Measure statistics of the job's training data through `trained`.
+
+        They go to `statistics/` in `trained.folder`, as `coldmerge.core.statistics` says.
+        """
+        ...
+
+
+def measuring(trainer: Trainer, config: TrainConfig) -> Measures:
+    """`trainer`, if it can measure.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not callable(getattr(trainer, "measure", None)):
+        raise ConfigError(
+            "training.cannot_measure",
+            f"The trainer {config.trainer} does not measure the statistics that the round needs.",
+            expected="a trainer with the method `measure`",
+            got=type(trainer).__name__,
+            hint="See coldmerge_client.training.Measures for what it has to do.",
+        )
+    return cast("Measures", trainer)
 
 
 def load_trainer(config: TrainConfig) -> Trainer:
