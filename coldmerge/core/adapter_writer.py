@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,11 @@ from coldmerge.core.errors import ConflictError
 from coldmerge.core.files import fsync_path, preallocate, write_all
 from coldmerge.core.header import TensorSpec, layout, render_header
 from coldmerge.core.task_vector import TaskVector
+
+_EMBEDDING = re.compile(
+    r"(\w*_)?(emb|embed|embeds|embedding|embeddings)(_(\w*tokens|positions|in|layer|table))?"
+    r"|wte|wpe|shared|relative_attention_bias"
+)
 
 
 def write_adapter(
@@ -46,6 +53,12 @@ def write_adapter(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def is_embedding(name: str) -> bool:
+    """Whether tensor `name` is the table of an embedding, as far as its name tells."""
+    last = _module(name).rpartition(".")[2]
+    return name.endswith(".weight") and _EMBEDDING.fullmatch(last) is not None
+
+
 def check_free(folder: Path) -> None:
     """Check that nothing would be overwritten by writing `folder`.
 
@@ -61,31 +74,61 @@ def check_free(folder: Path) -> None:
         )
 
 
-def _write_weights(vector: TaskVector, path: Path, transposed: frozenset[str]) -> None:
-    """The factors under PEFT's names; where a module stores its transpose, so do they."""
-    specs = []
-    for name in sorted(vector.names):
-        a, b = (vector.specs[f"{name}.lora_{part}"] for part in "AB")
-        shapes = (b.shape[::-1], a.shape[::-1]) if name in transposed else (a.shape, b.shape)
-        specs += [
-            TensorSpec(f"base_model.model.{_module(name)}.lora_{part}.weight", a.dtype, shape, 0, 0)
-            for part, shape in zip("AB", shapes, strict=True)
+@dataclass(frozen=True)
+class _Factor:
+    """One stored factor: PEFT's key and shape for it, and the vector's key and form."""
+
+    key: str
+    shape: tuple[int, ...]
+    source: str
+    turned: bool
+
+
+def _factors_of(vector: TaskVector, name: str, transposed: bool) -> list[_Factor]:
+    """A and B as PEFT stores them: modules that hold the transpose swap and transpose them.
+
+    Embeddings are among those; B of a convolution is a kernel of one pixel.
+    """
+    prefix = f"base_model.model.{_module(name)}.lora_"
+    a, b = (vector.specs[f"{name}.lora_{part}"] for part in "AB")
+    if is_embedding(name):
+        keys, transposed = (f"{prefix}embedding_A", f"{prefix}embedding_B"), True
+    else:
+        keys = (f"{prefix}A.weight", f"{prefix}B.weight")
+    if transposed:
+        return [
+            _Factor(keys[0], b.shape[::-1], b.name, turned=True),
+            _Factor(keys[1], a.shape[::-1], a.name, turned=True),
         ]
-    places = layout(specs)
+    kernel = (*b.shape, *(1 for _ in a.shape[2:]))
+    return [
+        _Factor(keys[0], a.shape, a.name, turned=False),
+        _Factor(keys[1], kernel, b.name, turned=False),
+    ]
+
+
+def _write_weights(vector: TaskVector, path: Path, transposed: frozenset[str]) -> None:
+    """The factors under PEFT's names."""
+    factors = [
+        factor
+        for name in sorted(vector.names)
+        for factor in _factors_of(vector, name, name in transposed)
+    ]
+    dtype = {factor.key: vector.specs[factor.source].dtype for factor in factors}
+    places = layout([TensorSpec(f.key, dtype[f.key], f.shape, 0, 0) for f in factors])
     header = render_header(places, {"format": "pt"})
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         preallocate(fd, len(header) + places[-1].stop)
         write_all(fd, header, 0)
         at = len(header)
-        for name in sorted(vector.names):
-            for part in "BA" if name in transposed else "AB":
-                spec = vector.specs[f"{name}.lora_{part}"]
-                factor = vector.stored(spec.name, 0, spec.size).reshape(spec.shape)
-                factor = factor.T if name in transposed else factor
-                data = as_bytes(from_float32(factor.copy(order="C"), spec.dtype))
-                write_all(fd, data, at)
-                at += len(data)
+        for factor in factors:
+            spec = vector.specs[factor.source]
+            values = vector.stored(spec.name, 0, spec.size).reshape(spec.shape)
+            values = values.T if factor.turned else values
+            data = as_bytes(from_float32(values.copy(order="C"), spec.dtype))
+            write_all(fd, data, at)
+            at += len(data)
         os.fsync(fd)
     finally:
         os.close(fd)

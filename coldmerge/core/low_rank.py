@@ -7,7 +7,6 @@ eigenvectors of the smaller Gram matrix in float64. One matrix is in memory at a
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coldmerge.core.adapter_writer import is_embedding
 from coldmerge.core.algebra import Delta
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.comparison import not_finite
@@ -34,10 +34,6 @@ from coldmerge.core.task_vector import TaskVector, sum_of_squares
 from coldmerge.core.threads import one_blas_thread
 from coldmerge.core.vector_writer import VectorWriter
 
-_EMBEDDING = re.compile(
-    r"(\w*_)?(emb|embed|embeds|embedding|embeddings)(_(\w*tokens|positions|in|layer|table))?"
-    r"|wte|wpe|shared|relative_attention_bias"
-)
 _STEP = 2**20
 
 
@@ -146,7 +142,7 @@ class Choice:
         last = module.rpartition(".")[2]
         if leaf != "weight":
             return "not the weight of a layer"
-        if _EMBEDDING.fullmatch(last):
+        if is_embedding(name):
             return "an embedding"
         if mixture and (".experts." in name or last in ("gate", "router")):
             return "part of a mixture of experts, which adapters do not reach"
