@@ -48,12 +48,17 @@ def start() -> Iterator[Start]:
         process.wait()
 
 
-def sealed(bench: Bench, tensors: int = 6, size: int = 2_000_000) -> str:
-    """A round with enough to merge to be caught in the middle."""
+def sealed(bench: Bench, tensors: int = 6, size: int = 2_000_000, outer: str = "none") -> str:
+    """A round with enough to merge to be caught in the middle; with `outer`, not the first."""
     rng = np.random.default_rng(1)
     names = [f"layer.{number}.weight" for number in range(tensors)]
     bench.add_model({name: rng.normal(size=size).astype(np.float32) for name in names})
-    round_id = bench.open_round(min_contributions=2)
+    merge = {"outer": {"method": outer}}
+    if outer != "none":
+        first = bench.open_round(merge=merge)
+        bench.contribute(first, "a", {names[0]: rng.normal(size=size).astype(np.float32)})
+        assert run_once(bench.store, bench.clock)
+    round_id = bench.open_round(min_contributions=2, merge=merge)
     for contributor in ("a", "b"):
         deltas = {name: rng.normal(0, 1e-2, size).astype(np.float32) for name in names}
         bench.contribute(round_id, contributor, deltas)
@@ -65,14 +70,14 @@ def state(folder: Path, round_id: str) -> str:
         return rounds.get(session, round_id).state
 
 
-def latest(folder: Path) -> tuple[str, str]:
-    """Content and master digest of the newest release."""
+def latest(folder: Path) -> tuple[str, str, str | None]:
+    """Content, master and state digest of the newest release."""
     with Store.open(folder) as store, store.database.read() as session:
         release = releases.latest_release(session, "m")
-        return release.content_digest, release.master_digest
+        return release.content_digest, release.master_digest, release.state_digest
 
 
-def undisturbed(folder: Path, copy: Path, clock: FixedClock) -> tuple[str, str]:
+def undisturbed(folder: Path, copy: Path, clock: FixedClock) -> tuple[str, str, str | None]:
     """What the same folder comes to when nobody kills anything."""
     shutil.copytree(folder, copy)
     with Store.open(copy) as store:
@@ -89,10 +94,11 @@ def has_blobs(folder: Path, count: int) -> bool:
     return len(list(folder.glob("blobs/??/*"))) >= count
 
 
+@pytest.mark.parametrize("outer", ["none", "nesterov"])
 def test_killed_at_any_moment_it_comes_to_the_same_release(
-    bench: Bench, start: Start, tmp_path: Path
+    bench: Bench, start: Start, tmp_path: Path, outer: str
 ) -> None:
-    round_id = sealed(bench, tensors=12, size=1_000_000)
+    round_id = sealed(bench, tensors=12, size=1_000_000, outer=outer)
     folder = bench.store.folder
     bench.store.close()
     expected = undisturbed(folder, tmp_path / "undisturbed", bench.clock)
@@ -109,6 +115,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_release(
     start(folder)
     until("the release", lambda: state(folder, round_id) == State.PUBLISHED, every=0.005)
     assert latest(folder) == expected
+    assert (expected[2] is None) == (outer == "none")
 
 
 def test_sigterm_in_the_middle_ends_cleanly_and_soon(bench: Bench, start: Start) -> None:

@@ -78,6 +78,11 @@ def test_policies_survive_json(policy: RoundPolicy) -> None:
     assert RoundPolicy.model_validate(json.loads(json.dumps(policy.to_json()))) == policy
 
 
+def test_a_policy_from_before_outer_optimizers_has_none() -> None:
+    old = RoundPolicy.model_validate({"merge": {"method": "mean", "weights": "uniform"}})
+    assert old.merge.outer == {"method": "none"}
+
+
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     path = tmp_path / "round.yaml"
     path.write_text("")
@@ -96,6 +101,10 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
         ({"gate": {"max_loss": float("nan")}}, "gate.max_loss"),
         ({"gate": {"on_timeout": "publish"}}, "gate.on_timeout"),
         ({"merge": {"method": "../mean"}}, "merge.method"),
+        ({"merge": {"parameters": {"density": [0.2]}}}, "merge.parameters.density.str"),
+        ({"merge": {"outer": {"lr": 0.7}}}, "merge.outer"),
+        ({"merge": {"outer": {"method": 7}}}, "merge.outer"),
+        ({"merge": {"outer": "nesterov"}}, "merge.outer"),
         ({"webhook": "file:///etc/passwd"}, "webhook"),
         ({"mode": "blind"}, "mode"),
         ({"schedule": {"cron": "daily"}}, "schedule.cron"),
