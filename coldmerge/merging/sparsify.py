@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -133,73 +133,88 @@ class Sum:
         return self._sum
 
 
+class Votes:
+    """Who is for plus and who for minus, a bit each: the weights that agree with a winner."""
+
+    def __init__(self, weights: Floats32, size: int) -> None:
+        self._weights = weights
+        self._zero = np.zeros(size, np.float32)
+        self._bits = np.zeros((-(-len(weights) // 8), 2, size), np.uint8)
+
+    def count(self, i: int, tau: Floats32) -> None:
+        """The votes of input `i`: the signs of its entries; zeros abstain."""
+        for side, votes_for in enumerate((np.greater, np.less)):
+            votes = votes_for(tau, self._zero).view(np.uint8)
+            votes *= np.uint8(1 << i % 8)
+            self._bits[i // 8, side] |= votes
+
+    def agreed(self, plus: Mask) -> Floats32:
+        """The sum of the weights that voted for plus where `plus`, elsewhere for minus."""
+        total = np.zeros_like(self._zero)
+        chosen = np.negative(plus.view(np.uint8))
+        for eight, (for_plus, for_minus) in enumerate(self._bits):
+            weights = self._weights[8 * eight : 8 * eight + 8]
+            patterns = np.arange(256, dtype=np.uint8)[:, None]
+            there = np.unpackbits(patterns, axis=1, count=len(weights), bitorder="little")
+            sums = (there * weights).sum(axis=1, dtype=np.float32)
+            total += sums.take(for_minus ^ ((for_plus ^ for_minus) & chosen))
+        return total
+
+
 class Election:
     """The entries whose sign has more mass, added up; where both have the same, plus wins.
 
     S = Σ t and A = Σ |t| hold both sides: their sums are (A + S) / 2 and (S − A) / 2, and
     the winner's, at least half of A, loses no digit. So memory does not grow with the
-    inputs, but for a bit of each vote where the winner is normalized by its weights.
+    inputs, but for the votes where the winner is normalized by its weights.
     """
 
     def __init__(self, weights: Floats32, size: int, normalize: bool) -> None:
-        self._weights, self._normalize = weights, normalize
         self._sum, self._mass = np.zeros((2, size), np.float32)
-        self._zero = np.zeros(size, np.float32)
-        eights = -(-len(weights) // 8) if normalize else 0
-        self._votes = np.zeros((eights, 2, size), np.uint8)
-        """For eight inputs at a time, a bit each: who is for plus, who for minus."""
+        self._votes = Votes(weights, size) if normalize else None
 
     def add(self, i: int, tau: Floats32) -> None:
         """Count the weighed entries of input `i`; they are used up."""
         self._sum += tau
-        if self._normalize:
-            for side, votes_for in enumerate((np.greater, np.less)):
-                votes = votes_for(tau, self._zero).view(np.uint8)
-                votes *= np.uint8(1 << i % 8)
-                self._votes[i // 8, side] |= votes
+        if self._votes is not None:
+            self._votes.count(i, tau)
         self._mass += np.abs(tau, out=tau)
 
     def result(self) -> Floats32:
         """The sums of the winning side, normalized if asked; 0 where nobody voted."""
-        plus = (self._sum >= 0).view(np.uint8)
+        plus = self._sum >= 0
         self._mass.view(np.uint32)[...] |= self._sum.view(np.uint32) & np.uint32(1 << 31)
         self._sum += self._mass
         self._sum *= np.float32(0.5)
-        if self._normalize:
-            self._sum /= self._divisor(np.negative(plus))
+        if self._votes is not None:
+            weights = self._votes.agreed(plus)
+            weights += weights == 0
+            self._sum /= weights
         return self._sum
 
-    def _divisor(self, plus: npt.NDArray[np.uint8]) -> Floats32:
-        """The weights that agreed, 1 where they sum to nothing; `plus` is 255 where plus won."""
-        total = self._zero
-        for eight, (for_plus, for_minus) in enumerate(self._votes):
-            weights = self._weights[8 * eight : 8 * eight + 8]
-            pattern = np.arange(256, dtype=np.uint8)[:, None]
-            chosen = np.unpackbits(pattern, axis=1, count=len(weights), bitorder="little")
-            table = (chosen * weights).sum(axis=1, dtype=np.float32)
-            for_plus ^= for_minus
-            for_plus &= plus
-            for_plus ^= for_minus
-            total += table.take(for_plus)
-        total += total == 0
-        return total
+
+Rows = Callable[[Block], Iterable[tuple[int, Floats32]]]
+"""Numbered rows of values, float32, shape (block.size,): the caller may change them."""
 
 
-def kth_magnitudes(view: View, ranks: Sequence[Sequence[int]]) -> list[tuple[np.float32, ...]]:
-    """Of every input the k-th largest magnitudes over the view, for each of its own ranks.
+def kth_magnitudes(
+    view: View, ranks: Sequence[Sequence[int]], rows: Rows = Block.rows
+) -> list[tuple[np.float32, ...]]:
+    """Of every row over the view the k-th largest magnitudes, for each of its own ranks.
 
-    Exact, and usually in one pass over all inputs together. An input without ranks is not
-    looked at.
+    `ranks` has one entry for each row that there may be. Exact, and usually in one pass over
+    all rows together. A row without ranks is not looked at; one that is left out is zeros.
     """
     found: list[tuple[np.float32, ...] | None] = [None if of else () for of in ranks]
     if view.size > WHOLE and any(ranks):
-        found = _bracketed(view, ranks)
+        found = _bracketed(view, ranks, rows)
 
     def alone(i: int) -> tuple[np.float32, ...]:
         known = found[i]
         if known is not None:
             return known
-        return kth_magnitude(lambda start, stop: view.read(i, start, stop), view.size, ranks[i])
+        read = lambda start, stop: _between(view, rows, len(ranks), start, stop)[i]  # noqa: E731
+        return kth_magnitude(read, view.size, ranks[i])
 
     return view.map_inputs(alone)
 
@@ -210,21 +225,24 @@ def smallest_kept(view: View, densities: Sequence[float]) -> list[np.float32]:
     return [of[0] if of else np.float32(0) for of in kth_magnitudes(view, ranks)]
 
 
-def _bracketed(view: View, ranks: Sequence[Sequence[int]]) -> list[tuple[np.float32, ...] | None]:
-    """By brackets from samples of all inputs; None where one does not hold the threshold."""
-    sample = np.stack([_magnitudes(view, *place) for place in sample_places(view.size)], axis=1)
+def _bracketed(
+    view: View, ranks: Sequence[Sequence[int]], rows: Rows
+) -> list[tuple[np.float32, ...] | None]:
+    """By brackets from samples of all rows; None where one does not hold the threshold."""
+    places = sample_places(view.size)
+    samples = np.stack([_between(view, rows, len(ranks), *at) for at in places], axis=1)
     brackets = [
-        [Bracket(of, rank / view.size) for rank in own]
-        for of, own in zip(sample, ranks, strict=True)
+        [Bracket(np.abs(of), rank / view.size) for rank in own]
+        for of, own in zip(samples, ranks, strict=True)
     ]
-    del sample
+    del samples
 
     def look(block: Block) -> list[list[Seen]]:
         seen: list[list[Seen]] = [[] for _ in brackets]
-        for i, tau in block.rows():
+        for i, values in rows(block):
             if brackets[i]:
-                np.abs(tau, out=tau)
-                seen[i] = [bracket.look(tau) for bracket in brackets[i]]
+                np.abs(values, out=values)
+                seen[i] = [bracket.look(values) for bracket in brackets[i]]
         return seen
 
     seen = view.map_blocks(look)
@@ -239,10 +257,15 @@ def _bracketed(view: View, ranks: Sequence[Sequence[int]]) -> list[tuple[np.floa
     return found
 
 
-def _magnitudes(view: View, start: int, stop: int) -> Floats32:
-    """|τ| of all inputs over elements [start, stop) of the view, shape (N, stop − start)."""
-    parts = [block.stack() for block in view.between(start, stop)]
-    return np.abs(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
+def _between(view: View, rows: Rows, count: int, start: int, stop: int) -> Floats32:
+    """The rows over elements [start, stop) of the view, shape (count, stop − start)."""
+    found = np.zeros((count, stop - start), np.float32)
+    at = 0
+    for block in view.between(start, stop):
+        for i, values in rows(block):
+            found[i, at : at + block.size] = values
+        at += block.size
+    return found
 
 
 def _ratio(norms: Sequence[tuple[float, float] | None]) -> float:

@@ -40,7 +40,8 @@ def problem(shape: tuple[int, ...], kind: str, count: int, seed: int) -> Problem
     """`kind`: normal, lattice (ties in magnitude), same, zeros, or bf16 (base and fine-tunes)."""
     rng = np.random.default_rng(seed)
     base = rng.standard_normal(shape).astype(np.float32)
-    taus = [rng.standard_normal(shape).astype(np.float32) / 8 for _ in range(count)]
+    taus: list[Floats32]
+    taus = [rng.standard_normal(shape).astype(np.float32) * np.float32(0.1) for _ in range(count)]
     if kind == "lattice":
         taus = [np.float32(1 / 16) * rng.integers(-3, 4, shape).astype(np.float32) for _ in taus]
     if kind == "same":
@@ -49,7 +50,7 @@ def problem(shape: tuple[int, ...], kind: str, count: int, seed: int) -> Problem
         taus = [tau * (rng.random(shape) < 0.4).astype(np.float32) for tau in taus]
     if kind == "bf16":
         base = to_float32(from_float32(base, "BF16"))
-        taus = [to_float32(from_float32(base + tau, "BF16")) - base for tau in taus]
+        taus = [to_float32(from_float32(np.add(base, tau), "BF16")) - base for tau in taus]
     weights = [float(w) for w in rng.choice([1.0, 0.5, 2.0, -0.5, 0.3], count)]
     densities = [float(d) for d in rng.choice([1.0, 0.01, 0.2, 0.5, 0.9], count)]
     return Problem(base, taus, weights, densities)
