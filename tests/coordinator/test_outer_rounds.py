@@ -126,7 +126,7 @@ def test_the_slow_weights_are_published_and_the_fast_ones_remembered(bench: Benc
     slow = fast = bench.masters(bench.release())["w"].astype(np.float64)
     for sent in (two(10), two(20)):
         play(bench, sent, {"method": "ema", "momentum": 0.75})
-        fast = fast + (sent[0]["w"].astype(np.float64) + sent[1]["w"]) / 2
+        fast = fast + sum(each["w"].astype(np.float64) for each in sent) / 2
         slow = 0.75 * slow + 0.25 * fast
     np.testing.assert_allclose(bench.masters(bench.release())["w"], slow, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(slot(bench, "fast"), fast, rtol=1e-6, atol=1e-7)

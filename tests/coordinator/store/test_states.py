@@ -21,7 +21,7 @@ STATE = OuterState("adam", 3, {"adam_m": {"body.w": "a" * 64}, "adam_v": {"body.
 
 
 def test_a_digest_covers_everything_and_no_order() -> None:
-    shuffled = OuterState("adam", 3, dict(reversed(STATE.slots.items())))
+    shuffled = OuterState("adam", 3, dict(sorted(STATE.slots.items(), reverse=True)))
     others = [
         replace(STATE, method="nesterov"),
         replace(STATE, steps=4),
@@ -57,9 +57,13 @@ def test_the_same_content_with_another_state_is_another_release(
 ) -> None:
     with store.database.write() as session:
         digests = content(session, 1)
-        publish = {"recipe": {"method": "mean"}, "state_digest": STATE.digest}
-        releases.publish(session, store.signer, model, *digests, now, **publish)
-        releases.publish(session, store.signer, model, *digests, now, recipe={"method": "mean"})
+        for state_digest in (STATE.digest, None):
+            recipe: releases.Recipe = {"method": "mean"}
+            releases.publish(
+                *(session, store.signer, model, *digests, now),
+                recipe=recipe,
+                state_digest=state_digest,
+            )
     with store.database.write() as session:
         back = releases.rollback(session, store.signer, model, 1, "its momentum", now)
         assert (back.number, back.state_digest) == (3, STATE.digest)
