@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from coldmerge.core.algebra import Delta
-from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.dtypes import Floats32
 
 
@@ -39,34 +36,6 @@ class Statistics(Protocol):
     def statistic(self, name: str, kind: str, start: int, stop: int) -> Floats32:
         """Elements [start, stop) of the flattened statistic of tensor `name`."""
         ...
-
-
-class Tuned:
-    """A fine-tuned model folder as deltas against `base`, without writing a task vector.
-
-    `pairs` maps each release tensor to the fine-tune's name for it (`core.matching`).
-    """
-
-    def __init__(
-        self, base: Checkpoint, model: Checkpoint, pairs: dict[str, str], base_digest: str
-    ) -> None:
-        self._base, self._model, self._pairs = base, model, pairs
-        self.base_digest = base_digest
-        self.names = frozenset(pairs)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the tensor."""
-        return self._model.shape(self._pairs[name])
-
-    def theta(self, name: str, start: int, stop: int) -> Floats32:
-        """Elements [start, stop) of the fine-tuned tensor."""
-        return self._model.block(self._pairs[name], start, stop)
-
-    def block(self, name: str, start: int, stop: int) -> Floats32:
-        """Elements [start, stop) of τ = θ − base."""
-        theta = self.theta(name, start, stop)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.subtract(theta, self._base.block(name, start, stop), out=theta)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import numpy as np
 
 from coldmerge.core.algebra import Delta
 from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.deltas import Tuned
 from coldmerge.core.dtypes import FLOATS, Floats32
 from coldmerge.core.errors import CheckpointError, TaskVectorError
 from coldmerge.core.matching import Matching, match_folder, sort_out
 from coldmerge.merging.plan import vocabulary
 from coldmerge.merging.plan.plan import Named
-from coldmerge.merging.sources import Tuned
 
 MOST_OTHER_TOKENS = 0.1
 """Share of rows with other tokens above which two vocabularies are different ones."""

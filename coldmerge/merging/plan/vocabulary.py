@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from coldmerge.core.checkpoint import Checkpoint, read_json
+from coldmerge.core.deltas import Tuned
 from coldmerge.core.dtypes import Floats32, size
 from coldmerge.core.errors import CheckpointError
 from coldmerge.core.header import TensorSpec
 from coldmerge.core.names import match_names
-from coldmerge.merging.sources import Tuned
 
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
