@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
-    """A context in which BLAS and LAPACK run on one thread, where threadpoolctl is installed.
+    """A context in which BLAS and LAPACK run on one thread.
 
     With more threads the last bits of a product may differ from machine to machine.
     """
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        return nullcontext()
+    from threadpoolctl import threadpool_limits
+
     limits: AbstractContextManager[Any] = threadpool_limits(1, "blas")
     return limits
