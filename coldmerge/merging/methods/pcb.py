@@ -115,7 +115,9 @@ class Pcb(Merger):
 
 def scores(stack: Floats32, magnitudes: Sequence[Range]) -> Iterator[tuple[int, Floats32]]:
     """(number, scores) of every input, all scaled by one factor so that none overflows."""
-    total = stack.sum(axis=0)
+    total = np.zeros_like(stack[0])
+    for tau in stack:  # one after the other, so that the rounding is that of every block
+        total += tau
     shift = np.float32(max(0, len(stack) - 80))
     for i, tau in enumerate(stack):
         score = magnitudes[i].scaled(np.abs(tau))
