@@ -99,6 +99,9 @@ def merge(
         if dry_run:
             _show_estimate(read, opened, folder, threads, fmt)
             return
+        if read.makes_adapter:
+            _merge_adapters(read, opened, folder, fmt)
+            return
         with bars(fmt) as progress:
             content = run(
                 read,
@@ -111,6 +114,29 @@ def merge(
                 progress=progress,
             )
     _show_result(read, opened, folder, content, fmt)
+
+
+def _merge_adapters(plan: Plan, opened: Opened, folder: Path, fmt: Format) -> None:
+    from coldmerge.core.adapters import WEIGHTS
+    from coldmerge.core.digests import file_digest
+    from coldmerge.merging.plan.adapters import run_adapters
+
+    with bars(fmt) as progress:
+        found = run_adapters(plan, opened, folder, progress=progress)
+    digest, nbytes = file_digest(folder / WEIGHTS)
+    print_record(
+        {
+            "folder": str(folder),
+            "method": plan.method.name,
+            "inputs": [item.label for item in opened.inputs],
+            "tensors": len(found.tensors),
+            "rank": max(one.rank for one in found.tensors),
+            "relative_error": found.relative_error,
+            "bytes": nbytes if fmt is Format.JSON else size(nbytes),
+            "sha256": digest,
+        },
+        fmt,
+    )
 
 
 def _existing(folder: Path) -> Path:
@@ -203,13 +229,12 @@ def methods(
 ) -> None:
     """List the merge methods, or the parameters of one."""
     from coldmerge.merging.plan import describe
-    from coldmerge.merging.registry import merger_class
 
     if name is None:
         rows = [{"method": m.name, "what": m.paper} for m in describe.methods()]
         print_rows(rows, fmt, empty="There is no merge method.")
         return
-    method = merger_class(name)
+    method = describe.method_class(name)
     if fmt is Format.JSON:
         print_json(describe.schema(method))
         return

@@ -21,7 +21,7 @@ from coldmerge.cli import main
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.digests import content_entries
 from coldmerge.core.errors import CheckpointError
-from tests.merging.models import llama, stored, tensors, write_plan
+from tests.merging.models import adapter, llama, stored, tensors, write_plan
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
 NORM = "model.layers.0.input_layernorm.weight"
@@ -340,3 +340,20 @@ def test_a_method_is_shown_with_its_parameters_and_ranges(coldmerge: Run) -> Non
     ran = coldmerge("methods", "tise")
     assert ran.status == 2
     assert "There is no merge method tise." in ran.err
+
+
+def test_adapters_merge_into_an_adapter_folder(coldmerge: Run, plan: Path, tmp_path: Path) -> None:
+    adapter(tmp_path / "lora1", 1)
+    adapter(tmp_path / "lora2", 2)
+    text = "merge_method: lora_cat\nbase_model: base\nmodels: [{model: lora1}, {model: lora2}]\n"
+    write_plan(tmp_path, text)
+    found = coldmerge("merge", plan, tmp_path / "x", "--dry-run", "--format", "json").json
+    assert (found["tensors"], found["bytes_written"]) == (2, 2 * 2 * 2 * 2 * 8 * 4)
+    found = coldmerge("merge", plan, tmp_path / "out", "--format", "json").json
+    assert (found["tensors"], found["rank"]) == (2, 4)
+    assert found["relative_error"] < 1e-6
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert "lora_alpha" in coldmerge("methods", "lora_svd").out

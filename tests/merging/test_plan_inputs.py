@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coldmerge.core.adapters import Adapter
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.digests import content_entries
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.core.extraction import extract
 from coldmerge.merging.plan import Opened, load, run
+from coldmerge.merging.plan.adapters import run_adapters
 from tests.merging.models import (
     WORDS,
     Tensors,
@@ -329,3 +331,46 @@ def test_a_model_that_is_nowhere_is_named_with_what_to_type(
     error = refused(tmp_path, plan_text("base+./gone"))
     assert "the model ./gone" in error.message
     assert "hf download" not in error.hint
+
+
+def adapters_plan(tmp_path: Path, method: str, extra: str = "") -> Path:
+    adapter(tmp_path / "lora1", 1)
+    adapter(tmp_path / "lora2", 2)
+    text = plan_text("lora1", "lora2", method=method, extra=extra)
+    return write_plan(tmp_path, text.replace("lora2\n", "lora2\n    parameters: {weight: 0.5}\n"))
+
+
+@pytest.mark.parametrize(("method", "extra", "rank"), [("lora_cat", "", 4), ("lora_svd", "", 2)])
+def test_adapters_merge_into_an_adapter(
+    tmp_path: Path, base: Path, method: str, extra: str, rank: int
+) -> None:
+    plan = load(adapters_plan(tmp_path, method, extra))
+    with Opened(plan) as opened:
+        found = run_adapters(plan, opened, tmp_path / "new" / "out")
+    one, two = (adapter_deltas(tmp_path / f"lora{i}") for i in (1, 2))
+    read = Adapter(found.folder)
+    target = next(t for t in read.targets.values() if Q0.endswith(t.weight))
+    a, b = read.factors(target, BASE[Q0].shape)
+    expected = one[Q0] + 0.5 * two[Q0]
+    left, values, right = np.linalg.svd(expected)
+    nearest = (left[:, :rank] * values[:rank]) @ right[:rank]
+    np.testing.assert_allclose(target.scaling * b @ a, nearest, atol=1e-5)
+    assert {one.rank for one in found.tensors} == {rank}
+    assert (found.relative_error < 1e-6) == (rank == 4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"),
+    [
+        ("parameters: {weight: [0, 1]}\n", "plan.adapter_gradient"),
+        ("dtype: float16\n", "plan.adapter_dtype"),
+    ],
+)
+def test_what_an_adapter_cannot_be_is_refused(
+    tmp_path: Path, base: Path, extra: str, code: str
+) -> None:
+    plan = load(adapters_plan(tmp_path, "lora_cat", extra))
+    with Opened(plan) as opened, pytest.raises(ColdmergeError) as caught:
+        run_adapters(plan, opened, tmp_path / "out")
+    assert caught.value.code == code
+    assert "line 1" in caught.value.message

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coldmerge.merging.merger import Merger, PerInput
+from coldmerge.merging.plan.adapter_methods import ADAPTER_METHODS
 from coldmerge.merging.registry import merger_class, method_names
 
 
@@ -39,7 +40,16 @@ class Method:
 
 def methods() -> list[Method]:
     """Every merge method there is, sorted by name."""
-    return [describe(merger_class(name)) for name in method_names()]
+    return [describe(method_class(name)) for name in sorted({*method_names(), *ADAPTER_METHODS})]
+
+
+def method_class(name: str) -> type[Merger]:
+    """The merge method called `name`, those that make adapters included.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return ADAPTER_METHODS.get(name) or merger_class(name)
 
 
 def describe(method: type[Merger]) -> Method:

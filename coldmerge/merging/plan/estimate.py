@@ -48,6 +48,8 @@ def estimate(plan: Plan, opened: Opened, out: Path, threads: int | None = None) 
         ConfigError: a parameter is unusable; with the line.
         TaskVectorError: the piece that was measured holds NaN.
     """
+    if plan.makes_adapter:
+        return _adapters(opened, out)
     base = opened.base
     shapes = {n: spec.shape for n, spec in base.tensors.items() if spec.dtype in FLOATS}
     job = Job(base, shapes, opened.inputs, recipe(plan, opened))
@@ -58,16 +60,46 @@ def estimate(plan: Plan, opened: Opened, out: Path, threads: int | None = None) 
     with Pool(threads) as pool:
         pace = _pace(plan, opened, job, pool)
         memory = _memory(job, pool.threads)
-    folder = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     return Estimate(
         tensors=len(base.tensors),
         merged=len(job.names),
         bytes_read=_bytes_read(opened, job),
         bytes_written=written,
-        bytes_free=shutil.disk_usage(folder).free,
+        bytes_free=_free(out),
         memory_bytes=memory,
         seconds=pace * sum(_work(job, n) for n in job.names) + written / WRITE_BYTES_PER_SECOND,
     )
+
+
+def _adapters(opened: Opened, out: Path) -> Estimate:
+    """Factors are read and written once, and small: their pace is that of hashing them."""
+    vectors = [item.source for item in opened.inputs if isinstance(item.source, TaskVector)]
+    stored = sum(vector.payload_bytes for vector in vectors)
+    began = time.perf_counter()
+    for vector in vectors[:1]:
+        vector.entries()
+    pace = (time.perf_counter() - began) / max(1, sum(v.payload_bytes for v in vectors[:1]))
+    names = frozenset[str]().union(*(item.source.names for item in opened.inputs))
+    return Estimate(
+        tensors=len(names),
+        merged=len(names),
+        bytes_read=stored,
+        bytes_written=stored,
+        bytes_free=_free(out),
+        memory_bytes=_resident() + 2 * stored,
+        seconds=3 * pace * stored + stored / WRITE_BYTES_PER_SECOND,
+    )
+
+
+def _free(out: Path) -> int:
+    folder = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    return shutil.disk_usage(folder).free
+
+
+def _resident() -> int:
+    """Bytes of memory that the process has now."""
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return now if sys.platform == "darwin" else now * 1024
 
 
 def _bytes_read(opened: Opened, job: Job) -> int:
@@ -89,10 +121,8 @@ def _bytes_read(opened: Opened, job: Job) -> int:
 
 def _memory(job: Job, threads: int) -> int:
     """What the process has now, blocks of every input for each thread, and whole tensors."""
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    now *= 1 if sys.platform == "darwin" else 1024
     rows = len(job.inputs) + 6
-    return now + 4 * rows * (threads * BLOCK + job.largest_whole)
+    return _resident() + 4 * rows * (threads * BLOCK + job.largest_whole)
 
 
 def _work(job: Job, name: str) -> int:

@@ -9,7 +9,7 @@ outside the layers (embeddings, the last norm, heads) are at the gradient's begi
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -50,8 +50,13 @@ def layer(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def settings(plan: Plan, inputs: Sequence[int | None], names: Sequence[str]) -> Settings:
-    """The settings of the tensors `names`.
+def settings(
+    plan: Plan,
+    inputs: Sequence[int | None],
+    names: Sequence[str],
+    covering: Iterable[str] | None = None,
+) -> Settings:
+    """The settings of the tensors `names`, of a model with the tensors `covering` (default: these).
 
     `inputs` are the places in `plan.models` of the merge's inputs, in the order of their
     keys; None is the base, where the plan does not list it.
@@ -61,7 +66,8 @@ def settings(plan: Plan, inputs: Sequence[int | None], names: Sequence[str]) -> 
             the slices do not cover the layers; with the line.
     """
     check_words(plan)
-    count = 1 + max((found for found in map(layer, names) if found is not None), default=-1)
+    layers = [found for found in map(layer, covering or names) if found is not None]
+    count = 1 + max(layers, default=-1)
     _check_cover(plan, count)
     resolver = _Resolver(plan, inputs)
     return Settings({name: resolver.setting(name, *_place(plan, name, count)) for name in names})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from coldmerge.core.errors import ConfigError
 from coldmerge.merging.merger import BaseRole, Merger
+from coldmerge.merging.plan.adapter_methods import ADAPTER_METHODS
 from coldmerge.merging.plan.document import Node, Where, read, suggestion
 from coldmerge.merging.plan.refusals import METHODS, WORDS, refuse
 from coldmerge.merging.registry import merger_class, method_names
@@ -80,6 +81,11 @@ class Plan:
     chat_template: str | None
 
     @property
+    def makes_adapter(self) -> bool:
+        """Whether the result is a LoRA adapter and not a model."""
+        return self.method.name in ADAPTER_METHODS
+
+    @property
     def fixed(self) -> dict[str, str]:
         """Parameters that follow from the plan's form and are not written in it."""
         optional = self.method.base_role is BaseRole.OPTIONAL
@@ -123,6 +129,8 @@ def _method(top: dict[str, Node], root: Node) -> type[Merger]:
     node = _required(top, "merge_method", root)
     name = node.text("merge_method")
     refuse(node, METHODS)
+    if name in ADAPTER_METHODS:
+        return ADAPTER_METHODS[name]
     try:
         return merger_class(name)
     except ConfigError as error:
@@ -133,7 +141,8 @@ def _method(top: dict[str, Node], root: Node) -> type[Merger]:
             f"{node.where}: there is no merge method `{name}`.",
             expected=error.expected,
             got=name,
-            hint=suggestion(name, set(method_names())) + " `coldmerge methods` lists them.",
+            hint=suggestion(name, {*method_names(), *ADAPTER_METHODS})
+            + " `coldmerge methods` lists them.",
             at=node.where,
         ) from error
 
