@@ -92,8 +92,21 @@ def test_opposed_models_stay_finite_and_tensors_without_length_become_zero() -> 
     base = {"w": np.zeros(40, np.float32)}
     pair = merged("karcher", base, [{"w": theta}, {"w": -theta}])["w"]
     np.testing.assert_allclose(pair, theta, rtol=1e-6)
+    ground = np.random.default_rng(4).normal(0, 1, 40)
+    taus = [{"w": theta - ground}, {"w": -0.37 * theta - ground}]  # opposed but for rounding
+    pair = merged("karcher", {"w": ground}, taus)["w"]
+    np.testing.assert_allclose(pair, 0.685 * theta, rtol=1e-5)
     none = merged("karcher", base, [{"w": 1e-8 * theta}, {"w": 0 * theta}])["w"]
     np.testing.assert_array_equal(none, np.zeros(40))
+
+
+def test_a_model_without_length_has_no_part_in_a_step() -> None:
+    thetas = np.random.default_rng(5).normal(0, 1, (3, 20)) * [[1], [0], [2]]
+    base, weights = {"w": np.zeros(20, np.float32)}, np.array([1.0, 2.0, 3.0])
+    each = [{"weight": weight} for weight in weights]
+    taus = [{"w": theta} for theta in thetas]
+    found = merged("karcher", base, taus, {"max_iter": 1}, each)["w"]
+    close(found, karcher(thetas, weights, 1))
 
 
 def test_the_base_does_not_matter_to_models_given_as_weights() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from coldmerge.core.dtypes import Floats64
 from coldmerge.core.errors import ConfigError
+from coldmerge.merging.methods.krum import Krum
 from tests.merging.problems import (
     Problem,
     astray,
@@ -65,6 +66,17 @@ def test_of_equal_scores_the_lowest_key_wins() -> None:
     np.testing.assert_array_equal(kept, one)
     kept = merged("krum", base, pairs[1:] + pairs[:1], {"attackers": 0})["w"]
     np.testing.assert_array_equal(kept, two)
+
+
+@pytest.mark.parametrize("copies", [[0, 1, 0, 1, 0, 1], [0] * 6])
+def test_rounding_breaks_no_tie(copies: list[int]) -> None:
+    rng = np.random.default_rng(7)
+    drawn = rng.normal(0, 1, (2, 50))
+    vectors = drawn[copies]
+    for _ in range(20):
+        noise = 1 + 1e-15 * rng.normal(0, 1, (6, 6))
+        scores = Krum(attackers=0).scores(vectors @ vectors.T * (noise + noise.T) / 2)
+        assert len(set(scores)) == 1
 
 
 def test_the_result_is_one_of_the_inputs_and_no_liar() -> None:

@@ -58,6 +58,12 @@ def test_many_inputs(count: int) -> None:
     np.testing.assert_array_equal(found, np.median(rows.astype(np.float64), axis=0))
 
 
+def test_zero_has_no_sign() -> None:
+    for column in ([-0.0], [-0.0, -0.0, 1.0], [0.0, -0.0], [-0.0, 0.0]):
+        rows = np.array(column, np.float32)[:, None]
+        assert not np.signbit(middle_mean(rows, (len(rows) - 1) // 2)).any()
+
+
 def test_comparisons_that_cannot_reach_the_middle_are_left_out() -> None:
     assert comparators(1, 0) == ()
     assert len(comparators(8, 0)) == 19

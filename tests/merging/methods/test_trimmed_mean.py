@@ -61,7 +61,16 @@ def test_nothing_trimmed_is_the_mean_and_all_but_the_middle_the_median() -> None
 
 @pytest.mark.parametrize(
     ("trim", "count", "left_out"),
-    [(0.2, 1, 0), (0.2, 2, 0), (0.2, 3, 1), (0.2, 5, 1), (0.2, 6, 2), (0.1, 30, 3), (0, 9, 0)],
+    [
+        (0.2, 1, 0),
+        (0.2, 2, 0),
+        (0.2, 3, 1),
+        (0.2, 5, 1),
+        (0.2, 6, 2),
+        (0.1, 30, 3),
+        (0.07, 100, 7),
+        (0, 9, 0),
+    ],
 )
 def test_shares_are_rounded_up_while_any_input_remains(
     trim: float, count: int, left_out: int
