@@ -1,4 +1,7 @@
-"""Write docs/errors.md and docs/cli.md from the source: `python docs/build.py [--check]`."""
+"""Write docs/errors.md, docs/cli.md and the methods of docs/merging.md from the source.
+
+`python docs/build.py [--check]`
+"""
 
 from __future__ import annotations
 
@@ -148,7 +151,53 @@ def _default(option: Any) -> str:
     return f"`{getattr(value, 'value', value)}`"
 
 
-PAGES = {"errors.md": errors_page, "cli.md": cli_page}
+METHODS_BEGIN, METHODS_END = "<!-- methods: made from the source -->", "<!-- end of methods -->"
+
+
+def merging_page() -> str:
+    """The page on merging as it is, with every method's parameters from its fields."""
+    from coldmerge.merging.plan.describe import methods
+
+    before, _, rest = (ROOT / "docs" / "merging.md").read_text().partition(METHODS_BEGIN)
+    _, _, after = rest.partition(METHODS_END)
+    sections = [_method(method) for method in methods()]
+    return before + "\n\n".join([METHODS_BEGIN, *sections, METHODS_END]) + after
+
+
+def _method(method: Any) -> str:
+    sees = {"tensor": "one tensor at a time", "global": "the whole model"}[method.scope]
+    takes = {"elements": "", "rows": ", in whole rows", "whole": ", whole"}[method.cut]
+    base = {
+        "origin": "required, and no input",
+        "optional": "optional; without it weights are merged, not changes",
+        "input": "an input like the others, and optional",
+    }[method.base]
+    lines = [f"### {method.name}", "", method.paper, *([method.details] if method.details else [])]
+    lines += ["", f"Sees {sees}{takes}. `base_model`: {base}."]
+    if method.needs:
+        lines[-1] += f" Inputs must ship: {', '.join(method.needs)}."
+    if method.parameters:
+        lines += ["", "| parameter | of | type | range | default | |", "|---|---|---|---|---|---|"]
+    for one in method.parameters:
+        lines.append(
+            f"| `{one.word}` | {'each model' if one.per_input else 'the merge'} | {one.kind} "
+            f"| {one.range} | {_value(one)} | {_cell(one.meaning)} |"
+        )
+    return "\n".join(lines)
+
+
+def _value(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    value = parameter.default
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return ", ".join(f"`{item}`" for item in value)
+    return "" if value is None else f"{value}"
+
+
+PAGES = {"errors.md": errors_page, "cli.md": cli_page, "merging.md": merging_page}
 
 
 def main() -> int:

@@ -82,7 +82,7 @@ def command_tree() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/errors.md", "docs/rounds.md", "docs/training.md"]
+    "page", ["README.md", "docs/errors.md", "docs/merging.md", "docs/rounds.md", "docs/training.md"]
 )
 def test_every_command_that_is_named_exists(page: str) -> None:
     tree = command_tree()

@@ -19,7 +19,7 @@ from coldmerge.merging.registry import merger_class, method_names
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Element types by mergekit's words."""
 
-_TOP = frozenset(
+TOP = frozenset(
     {
         "merge_method",
         "base_model",
@@ -34,6 +34,7 @@ _TOP = frozenset(
         "name",
     }
 )
+"""Keys of a plan."""
 _MODEL = frozenset({"model", "parameters"})
 _SLICE = frozenset({"sources", "parameters", "base_model"})
 _SOURCE = frozenset({"model", "layer_range", "parameters"})
@@ -101,7 +102,7 @@ def load(path: Path | str) -> Plan:
     text, root = read(Path(path))
     if isinstance(root.value, dict):
         refuse(root, WORDS)
-    top = root.mapping("A plan", _TOP)
+    top = root.mapping("A plan", TOP)
     method = _method(top, root)
     models, slices = _models(top, root)
     return Plan(
