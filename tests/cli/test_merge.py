@@ -7,20 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 
-from coldmerge.cli import main
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.digests import content_entries
 from coldmerge.core.errors import CheckpointError
+from tests.cli.conftest import Command
 from tests.merging.models import adapter, llama, stored, tensors, write_plan
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
@@ -36,37 +33,6 @@ dtype: bfloat16
 """
 
 
-@dataclass(frozen=True)
-class Ran:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def coldmerge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in this process."""
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["coldmerge", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        found = capsys.readouterr()
-        return Ran(status, found.out, found.err)
-
-    return run
-
-
 @pytest.fixture
 def plan(tmp_path: Path) -> Path:
     """A plan beside its three models."""
@@ -76,7 +42,7 @@ def plan(tmp_path: Path) -> Path:
 
 
 def test_a_merged_folder_is_a_model_with_its_tokenizer_a_card_and_a_digest(
-    coldmerge: Run, plan: Path, tmp_path: Path
+    coldmerge: Command, plan: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "merged"
     ran = coldmerge("merge", plan, out, "--format", "json")
@@ -94,7 +60,7 @@ def test_a_merged_folder_is_a_model_with_its_tokenizer_a_card_and_a_digest(
 
 
 def test_the_digest_is_the_same_for_any_threads_shards_and_run(
-    coldmerge: Run, plan: Path, tmp_path: Path
+    coldmerge: Command, plan: Path, tmp_path: Path
 ) -> None:
     found = []
     for number, options in enumerate(
@@ -107,7 +73,7 @@ def test_the_digest_is_the_same_for_any_threads_shards_and_run(
 
 
 def test_people_get_a_table_with_the_whole_digest(
-    coldmerge: Run, plan: Path, tmp_path: Path
+    coldmerge: Command, plan: Path, tmp_path: Path
 ) -> None:
     ran = coldmerge("merge", plan, tmp_path / "out")
     assert content_entries(Checkpoint.open(tmp_path / "out")).digest in ran.out
@@ -115,7 +81,7 @@ def test_people_get_a_table_with_the_whole_digest(
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
-    coldmerge: Run, plan: Path, tmp_path: Path
+    coldmerge: Command, plan: Path, tmp_path: Path
 ) -> None:
     before = sorted(tmp_path.iterdir())
     found = coldmerge("merge", plan, tmp_path / "out", "--dry-run", "--format", "json").json
@@ -131,7 +97,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
 
 
 def test_the_vocabulary_flag_is_that_of_the_hint(
-    coldmerge: Run, plan: Path, tmp_path: Path
+    coldmerge: Command, plan: Path, tmp_path: Path
 ) -> None:
     llama(tmp_path / "other", 1, words=["fox", "the", "new"])
     write_plan(tmp_path, PLAN.replace("model: one", "model: other"))
@@ -144,7 +110,7 @@ def test_the_vocabulary_flag_is_that_of_the_hint(
 
 
 def test_models_of_a_shelf_are_found_by_owner_and_name(
-    coldmerge: Run, plan: Path, tmp_path: Path
+    coldmerge: Command, plan: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "shelf" / "owner").mkdir(parents=True)
     (tmp_path / "one").rename(tmp_path / "shelf" / "owner" / "one")
@@ -157,7 +123,7 @@ def test_models_of_a_shelf_are_found_by_owner_and_name(
 
 @pytest.mark.parametrize("size", ["5 apples", "0GB", "-1MB"])
 def test_a_shard_size_that_is_none_is_refused(
-    coldmerge: Run, plan: Path, tmp_path: Path, size: str
+    coldmerge: Command, plan: Path, tmp_path: Path, size: str
 ) -> None:
     ran = coldmerge("merge", plan, tmp_path / "out", f"--shard-size={size}")
     assert ran.status == 2
@@ -176,7 +142,7 @@ BROKEN_PLANS = [
 
 @pytest.mark.parametrize(("old", "new", "line", "hint"), BROKEN_PLANS)
 def test_a_broken_plan_is_refused_with_line_and_hint(
-    coldmerge: Run, plan: Path, tmp_path: Path, old: str, new: str, line: int, hint: str
+    coldmerge: Command, plan: Path, tmp_path: Path, old: str, new: str, line: int, hint: str
 ) -> None:
     write_plan(tmp_path, PLAN.replace(old, new))
     ran = coldmerge("merge", plan, tmp_path / "out")
@@ -232,7 +198,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("how", "status", "sentence"), DAMAGES)
 def test_bad_input_is_refused_with_a_sentence_and_nothing_is_left(
-    coldmerge: Run, plan: Path, tmp_path: Path, how: str, status: int, sentence: str
+    coldmerge: Command, plan: Path, tmp_path: Path, how: str, status: int, sentence: str
 ) -> None:
     damage(tmp_path, how)
     before = {path.name for path in tmp_path.iterdir()}
@@ -288,7 +254,7 @@ with Opened(plan) as opened:
 
 
 def test_a_killed_merge_leaves_nothing_that_loads_and_can_be_run_again(
-    coldmerge: Run, plan: Path, tmp_path: Path
+    coldmerge: Command, plan: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -316,7 +282,7 @@ def test_a_killed_merge_leaves_nothing_that_loads_and_can_be_run_again(
 
 
 def test_the_unfinished_folder_of_a_living_process_is_left_alone(
-    coldmerge: Run, plan: Path, tmp_path: Path
+    coldmerge: Command, plan: Path, tmp_path: Path
 ) -> None:
     alive = tmp_path / f"out.partial-{os.getppid()}"
     alive.mkdir()
@@ -324,13 +290,13 @@ def test_the_unfinished_folder_of_a_living_process_is_left_alone(
     assert alive.is_dir()
 
 
-def test_methods_are_listed_with_their_papers(coldmerge: Run) -> None:
+def test_methods_are_listed_with_their_papers(coldmerge: Command) -> None:
     rows = {row["method"]: row["what"] for row in coldmerge("methods", "--format", "json").json}
     assert {"linear", "mean", "ties"} <= set(rows)
     assert "arXiv 2306.01708" in rows["ties"]
 
 
-def test_a_method_is_shown_with_its_parameters_and_ranges(coldmerge: Run) -> None:
+def test_a_method_is_shown_with_its_parameters_and_ranges(coldmerge: Command) -> None:
     shown = coldmerge("methods", "ties").out
     assert "(0, 1]" in shown
     assert "each model" in shown
@@ -342,7 +308,9 @@ def test_a_method_is_shown_with_its_parameters_and_ranges(coldmerge: Run) -> Non
     assert "There is no merge method tise." in ran.err
 
 
-def test_adapters_merge_into_an_adapter_folder(coldmerge: Run, plan: Path, tmp_path: Path) -> None:
+def test_adapters_merge_into_an_adapter_folder(
+    coldmerge: Command, plan: Path, tmp_path: Path
+) -> None:
     adapter(tmp_path / "lora1", 1)
     adapter(tmp_path / "lora2", 2)
     text = "merge_method: lora_cat\nbase_model: base\nmodels: [{model: lora1}, {model: lora2}]\n"

@@ -182,7 +182,16 @@ def test_a_method_that_takes_two_models_refuses_three(tmp_path: Path, base: Path
     for seed in (1, 2):
         llama(tmp_path / f"m{seed}", seed)
     error = refused(tmp_path, plan_text("m1", "m2", method="slerp"))
-    assert error.code == "plan.input_count"
+    assert error.code == "plan.inputs_do_not_fit"
+    assert "line 1" in error.message
+    assert error.expected == "one model beside the base"
+
+
+def test_a_method_that_needs_statistics_refuses_plain_folders(tmp_path: Path, base: Path) -> None:
+    llama(tmp_path / "one", 1)
+    error = refused(tmp_path, plan_text("one", method="fisher"))
+    assert error.code == "plan.inputs_do_not_fit"
+    assert "ships no fisher statistic" in error.message
     assert "line 1" in error.message
 
 

@@ -19,6 +19,7 @@ from coldmerge.merging.plan.inputs import Opened
 from coldmerge.merging.plan.outputs import chat_template, configuration
 from coldmerge.merging.plan.parameters import Settings, settings
 from coldmerge.merging.plan.plan import Plan
+from coldmerge.merging.shipped import check_shipped
 
 
 def run(
@@ -67,22 +68,29 @@ def recipe(plan: Plan, opened: Opened) -> Settings:
     """How every float tensor of the base is merged.
 
     Raises:
-        ConfigError: a parameter is unusable, or the method takes another number of inputs.
+        ConfigError: a parameter is unusable, the method takes another number of inputs, or an
+            input lacks a statistic that the method needs; with the line.
     """
     names = [name for name, spec in opened.base.tensors.items() if spec.dtype in FLOATS]
     found = settings(plan, opened.places, names)
-    for merger in {setting.merger for setting in found.table.values()}:
-        try:
+    kinds: dict[str, list[str]] = {}
+    for name, setting in found.table.items():
+        for kind in setting.merger.needs:
+            kinds.setdefault(kind, []).append(name)
+    try:
+        for merger in {setting.merger for setting in found.table.values()}:
             merger.check_inputs(len(opened.inputs))
-        except ConfigError as error:
-            raise ConfigError(
-                "plan.input_count",
-                f"{plan.method_at}: {error.message}",
-                expected=error.expected,
-                got=", ".join(item.label for item in opened.inputs),
-                hint=error.hint,
-                at=plan.method_at,
-            ) from error
+        for kind, needing in sorted(kinds.items()):
+            check_shipped(opened.inputs, needing, kind)
+    except ConfigError as error:
+        raise ConfigError(
+            "plan.inputs_do_not_fit",
+            f"{plan.method_at}: {error.message}",
+            expected=error.expected,
+            got=error.got,
+            hint=error.hint,
+            at=plan.method_at,
+        ) from error
     return found
 
 
