@@ -15,12 +15,20 @@ from typing import Literal
 from coldmerge.core.errors import ConflictError, PermissionDeniedError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.evaluation.metrics import PairedScores
+from coldmerge.rounds.statistics import statistics_for
 from coldmerge.wire.v1 import common_pb2, contributions_pb2
 from coldmerge_client.evaluate import evaluate, leaving_scores, report
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import Outbox
 from coldmerge_client.policy import SendPolicy
-from coldmerge_client.prepare import Facts, against_policy, base_of, prepare
+from coldmerge_client.prepare import (
+    Facts,
+    against_policy,
+    base_of,
+    check_asked,
+    merge_of,
+    prepare,
+)
 from coldmerge_client.pull import prune, pull
 from coldmerge_client.push import Approve, send
 from coldmerge_client.session import Session
@@ -171,9 +179,17 @@ class _Loop:
         entry = self.outbox.for_round(round_.id)
         stale = entry is not None and against_policy(entry.manifest, terms.policy) is not None
         if entry is None or not entry.pending or stale:
+            merge = merge_of(round_)
+            check_asked(merge, terms.policy)
             self._tell("training", f"Training on release {round_.base_number}", round_)
             base = base_of(session, round_, terms.progress)
-            trained = train(session.home, base, terms.config, progress=terms.progress)
+            trained = train(
+                session.home,
+                base,
+                terms.config,
+                statistics=statistics_for(merge) - {"trim"},
+                progress=terms.progress,
+            )
             facts = Facts(trained.examples, trained.metrics, trained.training)
             entry = prepare(
                 session,

@@ -9,17 +9,22 @@ can only narrow that:
     encoding: bf16                half the bytes, slightly rounded
     max_bytes: 500000000          refuse to send more than this
     metrics: false                send no training metrics
+
+One key widens it, and only for rounds whose merge method asks for it: statistics say more
+about the data than weights do, so they stay here until their owner agrees.
+
+    may_send: [fisher, gram]      Fisher information, Gram matrices of activations
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from coldmerge.core.documents import Encoding
+from coldmerge.core.documents import Encoding, Statistic
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.validation import first_problem
 
@@ -34,6 +39,7 @@ class SendPolicy(BaseModel):
     encoding: Encoding = "fp32"
     max_bytes: int | None = Field(default=None, gt=0)
     metrics: bool = True
+    may_send: tuple[Literal["fisher", "gram"], ...] = ()
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -58,6 +64,10 @@ class SendPolicy(BaseModel):
             hint=f"Correct {path}; nothing is sent until it can be read.",
             path=path,
         )
+
+    def keeps(self, kind: Statistic) -> bool:
+        """Whether a statistic stays here. Trim thresholds follow from the deltas: they may go."""
+        return kind != "trim" and kind not in self.may_send
 
     def narrowed(self, *, require_approval: bool = False, encoding: Encoding | None = None) -> Self:
         """The same policy with the stricter of two answers on approval, and another encoding."""

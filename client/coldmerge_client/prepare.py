@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.documents import Manifest, sign
+from coldmerge.core.documents import Manifest, Statistic, sign
 from coldmerge.core.errors import (
     ConflictError,
     DataError,
@@ -21,10 +22,13 @@ from coldmerge.core.errors import (
     TaskVectorError,
 )
 from coldmerge.core.extraction import Extraction, extract
-from coldmerge.core.names import is_private, split_factor
+from coldmerge.core.names import is_private, split_key
 from coldmerge.core.progress import Counter, Progress, silent
+from coldmerge.core.statistics import FOLDER, Measured, Wanted
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.core.validation import first_problem
+from coldmerge.rounds.policy import MergePolicy, parse_template
+from coldmerge.rounds.statistics import statistics_for, trim_density
 from coldmerge.wire.channel import MAX_DOCUMENT_IN_MESSAGE
 from coldmerge.wire.v1 import common_pb2
 from coldmerge_client.files import exclusive
@@ -47,8 +51,9 @@ class Facts:
 class Leaving:
     """All that would leave with a contribution (or an evaluation), and what stays and why.
 
-    `tensors` pairs each name with its bytes. Besides tensors only `numbers` leave:
-    what the signed manifest says.
+    `tensors` pairs each name with its bytes, statistics among them: `statistics` says which
+    kinds, and what they were made of. Besides tensors only `numbers` leave: what the signed
+    manifest says.
     """
 
     model: str
@@ -61,6 +66,7 @@ class Leaving:
     numbers: Mapping[str, float]
     kept_home: tuple[tuple[str, str], ...]
     unchanged: int
+    statistics: Mapping[Statistic, float] = field(default_factory=dict)
 
 
 def open_round(session: Session, model: str, base: int | None = None) -> common_pb2.Round:
@@ -127,16 +133,20 @@ def prepare(
 
     Raises:
         TaskVectorError: shapes differ, a value is not finite, or nothing changed.
-        PermissionDeniedError: it is larger than the policy allows.
+        NotFoundError: the round asks for statistics that were not measured.
+        PermissionDeniedError: it is larger than the policy allows, or the round asks for
+            statistics that the policy keeps at home.
     """
     home, outbox = session.home, Outbox(session.home)
     policy = policy or SendPolicy.load(home.policy)
+    merge = merge_of(round_)
+    check_asked(merge, policy)
     base = base_of(session, round_, progress)
     with exclusive(home.lock("outbox"), "the outbox", wait=True):
         outbox.tidy()
         draft = outbox.draft()
         try:
-            found = _extract(base, tuned, draft / PAYLOAD, policy, progress)
+            found = _extract(base, tuned, draft / PAYLOAD, policy, merge, progress)
             manifest = _manifest(session, base, round_.id, found, facts, policy)
             check_size(manifest, policy)
             check_message(manifest)
@@ -157,20 +167,79 @@ def preview(
     facts: Facts,
     *,
     policy: SendPolicy | None = None,
+    merge: MergePolicy | None = None,
     progress: Progress = silent,
 ) -> Leaving:
-    """What a push of `tuned` would send. Nothing is signed, kept or sent."""
+    """What a push of `tuned` would send to a round that merges by `merge`.
+
+    Nothing is signed, kept or sent.
+    """
     policy = policy or SendPolicy.load(session.home.policy)
+    merge = merge or MergePolicy()
+    check_asked(merge, policy)
     session.home.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=session.home.cache) as folder:
-        found = _extract(base, tuned, Path(folder) / PAYLOAD, policy, progress)
+        found = _extract(base, tuned, Path(folder) / PAYLOAD, policy, merge, progress)
         manifest = _manifest(session, base, "none-yet", found, facts, policy)
         check_size(manifest, policy)
     return _leaving(manifest, found.kept_home, len(found.unchanged))
 
 
+def merge_of(round_: common_pb2.Round) -> MergePolicy:
+    """The method by which a round merges, and its parameters: its frozen policy says them.
+
+    What else a newer coordinator may say there is not looked at.
+
+    Raises:
+        ConfigError: a parameter is not what it should be.
+    """
+    said = json.loads(round_.policy_json or "{}").get("merge", {})
+    known = {key: said[key] for key in ("method", "parameters") if key in said}
+    return parse_template({"merge": known}, f"of {round_.id}").merge
+
+
+def check_asked(merge: MergePolicy, policy: SendPolicy) -> None:
+    """Hold what a round asks for beside deltas against what the owner lets go.
+
+    Raises:
+        PermissionDeniedError: it asks for a statistic that stays at home.
+    """
+    kept = sorted(kind for kind in statistics_for(merge) if policy.keeps(kind))
+    if kept:
+        raise PermissionDeniedError(
+            "push.statistic_not_allowed",
+            f"The round merges by {merge.method} and asks for {kept[0]} statistics of this "
+            "machine's data; they stay at home.",
+            expected=f"`may_send: [{kept[0]}]` in policy.yaml",
+            got=f"may_send: [{', '.join(policy.may_send)}]",
+            hint="Read in docs/security.md what they tell; allow them there, or leave this "
+            "round out.",
+        )
+
+
+def asked_of(session: Session, base: Pulled) -> frozenset[Statistic]:
+    """The statistics to measure after training on `base`: asked by its open round, and allowed."""
+    found = session.newest_round(base.model)
+    if found is None or found.state != common_pb2.Round.OPEN or found.base_digest != base.digest:
+        return frozenset()
+    policy = SendPolicy.load(session.home.policy)
+    asked = statistics_for(merge_of(found)) - {"trim"}
+    return frozenset(kind for kind in asked if not policy.keeps(kind))
+
+
+def _wanted(tuned: Path, merge: MergePolicy) -> Wanted:
+    measured = statistics_for(merge) - {"trim"}
+    found = Measured.open(tuned / FOLDER, measured) if measured else None
+    return Wanted(trim_density(merge), found)
+
+
 def _extract(
-    base: Pulled, tuned: Path, out: Path, policy: SendPolicy, progress: Progress
+    base: Pulled,
+    tuned: Path,
+    out: Path,
+    policy: SendPolicy,
+    merge: MergePolicy,
+    progress: Progress,
 ) -> Extraction:
     checkpoint = Checkpoint.open(base.folder)
     elements = sum(spec.size for spec in checkpoint.tensors.values())
@@ -181,6 +250,7 @@ def _extract(
         base_digest=base.digest,
         private=(*base.private, *policy.private),
         encoding=policy.encoding,
+        statistics=_wanted(tuned, merge),
         progress=Counter("extract", elements, progress).add,
     )
 
@@ -208,6 +278,7 @@ def _manifest(
             encoding=vector.encoding,
             tensors=found.entries,
             scaling=vector.scaling,
+            statistics=vector.statistics,
             examples=facts.examples,
             norm=found.norm,
             metrics=dict(facts.metrics) if policy.metrics else {},
@@ -261,8 +332,11 @@ def check_message(manifest: Manifest) -> None:
 def against_policy(manifest: Manifest, policy: SendPolicy) -> str | None:
     """What `policy` keeps at home, of a contribution that was prepared under an earlier one."""
     for tensor in manifest.tensors:
-        if is_private(split_factor(tensor.name)[0], policy.private):
+        if is_private(split_key(tensor.name, manifest.statistics)[0], policy.private):
             return f"tensor {tensor.name}"
+    for kind in sorted(manifest.statistics):
+        if policy.keeps(kind):
+            return f"{kind} statistics"
     if not policy.metrics and (manifest.metrics or manifest.training):
         return "numbers about training"
     return None
@@ -280,7 +354,7 @@ def check_policy(manifest: Manifest, policy: SendPolicy) -> None:
         raise PermissionDeniedError(
             "push.against_own_policy",
             "The contribution in the outbox holds what this machine's policy now keeps at home.",
-            expected="nothing that `private` and `metrics` in policy.yaml keep",
+            expected="nothing that `private`, `metrics` and `may_send` in policy.yaml keep",
             got=found,
             hint="Run `coldmerge push` again: it prepares the fine-tune by today's policy.",
             round=manifest.round,
@@ -310,4 +384,5 @@ def _leaving(manifest: Manifest, kept_home: tuple[tuple[str, str], ...], unchang
         numbers={"examples": manifest.examples, **manifest.metrics, **manifest.training},
         kept_home=kept_home,
         unchanged=unchanged,
+        statistics=manifest.statistics,
     )

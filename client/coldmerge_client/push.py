@@ -118,6 +118,7 @@ def _logged(session: Session, outbox: Outbox, entry: OutboxEntry) -> OutboxEntry
             "tensors": len(manifest.tensors),
             "payload_bytes": manifest.payload_bytes,
             "norm": manifest.norm,
+            "statistics": manifest.statistics,
             "examples": manifest.examples,
             "metrics": manifest.metrics,
             "training": manifest.training,

@@ -101,6 +101,7 @@ def train(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Pull a release and fine-tune it here. Run again after a crash: it resumes."""
+    from coldmerge_client.prepare import asked_of
     from coldmerge_client.pull import pull
     from coldmerge_client.train import train as fit
 
@@ -109,8 +110,9 @@ def train(
         settings = configured(session.home, name, config, data)
         with bars(fmt) as progress:
             base = pull(session, name, number, allow_older=number is not None, progress=progress)
+        asked = asked_of(session, base)
     with bars(fmt) as progress:
-        trained = fit(session.home, base, settings, progress=progress)
+        trained = fit(session.home, base, settings, statistics=asked, progress=progress)
     print_record(
         {
             "model": name,
@@ -152,6 +154,7 @@ def push(
         against_policy,
         base_of,
         describe,
+        merge_of,
         open_round,
         prepare,
         preview,
@@ -171,7 +174,13 @@ def push(
                 tuned, facts = _tuned(session.home, release, source, examples)
                 if dry_run:
                     leaving = preview(
-                        session, release, tuned, facts, policy=policy, progress=progress
+                        session,
+                        release,
+                        tuned,
+                        facts,
+                        policy=policy,
+                        merge=merge_of(found),
+                        progress=progress,
                     )
                     _print_leaving(leaving, fmt, sent=False)
                     return
@@ -212,6 +221,13 @@ def _policy(home: Home, require_approval: bool, bf16: bool) -> SendPolicy:
     )
 
 
+_MADE_OF = {
+    "fisher": "fisher, how much each weight matters to {:g} of your examples",
+    "gram": "gram, which activations go together over {:g} tokens of your examples",
+    "trim": "trim, the threshold of each tensor at density {:g}: it follows from the tensors",
+}
+
+
 def _ask(leaving: Leaving) -> bool:
     _print_leaving(leaving, Format.TABLE, sent=False)
     return typer.confirm("May this leave?", default=False, err=True)
@@ -231,6 +247,7 @@ def _print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
                 "norm": leaving.norm,
                 "tensors": dict(leaving.tensors),
                 "numbers": dict(leaving.numbers),
+                "statistics": dict(leaving.statistics),
                 "kept_home": dict(leaving.kept_home),
                 "unchanged": leaving.unchanged,
             }
@@ -250,6 +267,8 @@ def _print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
         for name, nbytes in leaving.tensors:
             out.print(f"  {name}  {size(nbytes)}", highlight=False)
     out.print(f"[bold]Numbers:[/bold] {numbers}", highlight=False)
+    for kind, value in sorted(leaving.statistics.items()):
+        out.print(f"[bold]Statistic:[/bold] {_MADE_OF[kind].format(value)}", highlight=False)
     for name, reason in leaving.kept_home:
         out.print(f"[bold]Stays home:[/bold] {name} ({reason})", highlight=False)
     out.print(f"[bold]Unchanged:[/bold] {leaving.unchanged} tensors", highlight=False)
