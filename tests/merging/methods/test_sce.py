@@ -95,3 +95,10 @@ def test_weights_are_refused() -> None:
     with pytest.raises(ColdmergeError) as caught:
         merged("sce", {"w": np.zeros(1)}, [{"w": np.ones(1)}], {}, [{"weight": 2.0}])
     assert caught.value.code == "merge.bad_parameter"
+
+
+def test_agreeing_weights_below_a_millionth_count_as_a_millionth() -> None:
+    for large, expected in ((707.0, 1.0), (1e6, 1e-6)):
+        taus = [np.array([large, 0], np.float32), np.array([0, 1], np.float32)]
+        found = run(Problem(np.zeros(2, np.float32), taus, [], []), 1.0)
+        assert found[1] == pytest.approx(expected, rel=1e-4)
