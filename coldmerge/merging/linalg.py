@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -24,28 +23,55 @@ _RESOLVED = 3e-5
 _STEP = 2**16
 
 
-class _Single:
-    """One BLAS thread from the first worker in to the last one out: the count is the process's."""
+class _Keeper(threading.Thread):
+    """Limits BLAS to one thread from `start` to `end`.
 
+    Most builds of OpenBLAS have one count for the process, and threadpoolctl lets only the
+    thread that changed it change it back: a merge's workers come and go, this one stays.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="blas-limit")
+        self._limited, self._over = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        try:
+            with one_blas_thread():
+                self._limited.set()
+                self._over.wait()
+        finally:
+            self._limited.set()
+
+    def begin(self) -> None:
+        self.start()
+        self._limited.wait()
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+
+
+class _Single:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._limit: AbstractContextManager[Any] | None = None
+        self._keeper = _Keeper()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         with self._lock:
             if self._inside == 0:
-                self._limit = one_blas_thread()
-                self._limit.__enter__()
+                self._keeper = _Keeper()
+                self._keeper.begin()
             self._inside += 1
         try:
-            yield
+            with one_blas_thread():  # the other builds count for each thread
+                yield
         finally:
             with self._lock:
                 self._inside -= 1
-                if self._inside == 0 and self._limit is not None:
-                    self._limit.__exit__(None, None, None)
+                if self._inside == 0:
+                    self._keeper.end()
 
 
 single_blas_thread = _Single()
@@ -85,8 +111,8 @@ def triples(matrix: Floats64, most: int | None = None, above: float = 0.0) -> Tr
     if count and values[count - 1] < _RESOLVED * values[0]:
         left, values, right = np.linalg.svd(matrix, full_matrices=False)
         count = _count(values, most, above)
-        return Triples(left[:, :count], values[:count], right[:count])
-    left = basis[:, ::-1][:, :count]
+        return Triples(left[:, :count].copy(), values[:count], right[:count].copy())
+    left = basis[:, ::-1][:, :count].copy()  # copies: a view would keep the whole basis
     return Triples(left, values[:count], (left.T @ matrix) / values[:count, None])
 
 

@@ -12,10 +12,17 @@ from pydantic import Field
 from coldmerge.core.dtypes import Floats64
 from coldmerge.merging.block import Block
 from coldmerge.merging.linalg import single_blas_thread, weighted_mean
-from coldmerge.merging.merger import Cut, Merger
-from coldmerge.merging.methods.mean import Share
+from coldmerge.merging.merger import Cut, Merger, PerInput
 
 NOT_MAPS = ("*embed*", "*lm_head*", "*text_projection*", "*wte*", "*wpe*", "*shared.weight")
+
+
+class Term(PerInput):
+    """An input of a merge of matrices."""
+
+    weight: float = Field(
+        default=1.0, gt=0, description="Factor of this input's matrices; its share in a mean."
+    )
 
 
 class Spectral(Merger):
@@ -28,7 +35,7 @@ class Spectral(Merger):
     """
 
     cut: ClassVar[Cut] = Cut.WHOLE
-    Each: ClassVar[type[Share]] = Share
+    Each: ClassVar[type[PerInput]] = Term
 
     lambda_: float = Field(default=1.0, alias="lambda", description="Scale of the merged delta.")
     mean_for: tuple[str, ...] = Field(

@@ -18,7 +18,7 @@ class IsoC(Spectral):
 
     The mean is over the singular values that are not zero: the nuclear norm is kept, and a
     sum of low rank stays of low rank. One accumulated matrix is in memory, however many
-    inputs there are.
+    inputs there are. Tensors that are no matrices, or that `mean_for` names, get the mean.
     """
 
     name: ClassVar[str] = "iso_c"
@@ -33,7 +33,8 @@ class IsoCTS(Spectral):
     """Iso-CTS (arXiv 2502.04959): as Iso-C, with room for what single inputs alone learned.
 
     The top directions of Σ wᵢτᵢ are kept; the others give way to the top directions of each
-    wᵢτᵢ outside of them. All are orthogonalized and get the mean singular value.
+    wᵢτᵢ outside of them. All are orthogonalized and get the mean singular value. Tensors
+    that are no matrices, or that `mean_for` names, get the mean.
     """
 
     name: ClassVar[str] = "iso_cts"

@@ -21,6 +21,7 @@ class RegMean(Merger):
     It minimizes Σ wᵢ‖XᵢW − XᵢWᵢ‖². Inputs ship G of their linear layers; any other tensor
     gets the mean. The solution is found for deltas, which is the same. A little of the
     diagonal pulls towards the mean: it decides where no data went, and makes ΣG regular.
+    G tells the second moments of activations: it reveals more of the data than weights do.
     """
 
     name: ClassVar[str] = "regmean"

@@ -18,6 +18,7 @@ class TsvM(Spectral):
     r is the smaller side, and at least one triple of each is taken. Left and right vectors
     are concatenated, made orthonormal (their polar factors) and multiplied with the singular
     values. Inputs that are alike share directions: what they have in common is not doubled.
+    Tensors that are no matrices, or that `mean_for` names, get the mean.
     """
 
     name: ClassVar[str] = "tsv_m"
