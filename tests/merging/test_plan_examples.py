@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.digests import content_entries
@@ -23,6 +24,7 @@ from coldmerge.merging.plan.parameters import check_words
 from tests.merging.models import Tensors, adapter, llama, stored, tensors, write_plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "merge"
+ORACLES = Path(__file__).parents[1] / "oracles" / "plans"
 ORIGINALS = ("linear.yml", "ties.yml", "gradient-slerp.yml", "bio-merge.yml")
 
 
@@ -205,3 +207,14 @@ def test_mergekits_own_files_run_unchanged(name: str, tmp_path: Path) -> None:
     assert {str(array.dtype) for array in found.values()} == {"float16"}
     base = next(iter(references(body)))
     assert any(not np.array_equal(found[n], stored(tmp_path / base)[n]) for n in found)
+
+
+@pytest.mark.parametrize("name", ["layers", "linear", "slerp", "ties"])
+def test_whole_plans_agree_with_mergekit(name: str, tmp_path: Path) -> None:
+    found = merged(ORACLES / f"{name}.yaml", tmp_path, tmp_path / "out")
+    expected = load_file(ORACLES / "expected" / f"{name}.safetensors")
+    assert set(found) == set(expected)
+    for tensor, array in expected.items():
+        assert found[tensor].dtype == array.dtype
+        got, wanted = found[tensor].astype(np.float32), array.astype(np.float32)
+        np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=1e-6, err_msg=tensor)

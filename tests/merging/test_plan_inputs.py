@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,18 +13,10 @@ from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.digests import content_entries
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.core.extraction import extract
-from coldmerge.merging.plan import Opened, load, run
+from coldmerge.merging.plan import Opened, load
 from coldmerge.merging.plan.adapters import run_adapters
-from tests.merging.models import (
-    WORDS,
-    Tensors,
-    adapter,
-    adapter_deltas,
-    llama,
-    stored,
-    tensors,
-    write_plan,
-)
+from tests.merging.models import adapter, adapter_deltas, llama, tensors, write_plan
+from tests.merging.plans import merged, plan_text, refused
 
 BASE = tensors(0)
 Q0, EMBED, HEAD = (
@@ -33,27 +24,6 @@ Q0, EMBED, HEAD = (
     "model.embed_tokens.weight",
     "lm_head.weight",
 )
-
-
-def plan_text(*models: str, method: str = "task_arithmetic", extra: str = "") -> str:
-    listed = "".join(f"  - model: {model}\n" for model in models)
-    base = "" if method == "linear" else "base_model: base\n"
-    return f"merge_method: {method}\n{base}models:\n{listed}{extra}"
-
-
-def merged(tmp_path: Path, text: str, **options: Any) -> tuple[Tensors, list[str]]:
-    plan = load(write_plan(tmp_path, text))
-    with Opened(plan, **options) as opened:
-        run(plan, opened, tmp_path / "out", threads=2)
-        notes = opened.notes
-    return stored(tmp_path / "out"), notes
-
-
-def refused(tmp_path: Path, text: str, **options: Any) -> ColdmergeError:
-    with pytest.raises(ColdmergeError) as caught:
-        merged(tmp_path, text, **options)
-    assert not (tmp_path / "out").exists()
-    return caught.value
 
 
 @pytest.fixture
@@ -195,102 +165,6 @@ def test_a_method_that_needs_statistics_refuses_plain_folders(tmp_path: Path, ba
     assert "line 1" in error.message
 
 
-def reordered(tmp_path: Path) -> tuple[Path, list[str]]:
-    """A fine-tune with the base's words in another order, two gone and two new."""
-    words = [*reversed(WORDS[2:]), "pad", "hello", "world"]
-    return llama(tmp_path / "other", 1, words=words), words
-
-
-def test_another_vocabulary_is_refused_with_the_flag_that_handles_it(
-    tmp_path: Path, base: Path
-) -> None:
-    reordered(tmp_path)
-    error = refused(tmp_path, plan_text("other"))
-    assert error.code == "plan.vocabularies_differ"
-    assert "--vocabulary base" in error.hint
-    assert "tokenizer_source: base" in error.hint
-    assert (str(error.expected)[:2], str(error.got)[:2]) == ("12", "13")
-
-
-@pytest.mark.parametrize("by", ["flag", "plan", "name"])
-def test_rows_are_matched_by_token_onto_the_bases_vocabulary(
-    tmp_path: Path, base: Path, by: str
-) -> None:
-    folder, words = reordered(tmp_path)
-    source = {"plan": "tokenizer_source: base", "name": "tokenizer: {source: base}", "flag": ""}
-    found, notes = merged(
-        tmp_path, plan_text("other", extra=source[by] + "\n"), by_token=by == "flag"
-    )
-    theirs = stored(folder)
-    for name in (EMBED, HEAD):
-        for row, word in enumerate(WORDS):
-            expected = theirs[name][words.index(word)] if word in words else BASE[name][row]
-            np.testing.assert_allclose(found[name][row], expected, atol=1e-6, err_msg=word)
-    assert "2 tokens of the base are not in its vocabulary" in notes[0]
-    tokenizer = (tmp_path / "out" / "tokenizer.json").read_bytes()
-    assert tokenizer == (base / "tokenizer.json").read_bytes()
-
-
-def test_rows_of_a_vocabulary_do_not_depend_on_blocks(tmp_path: Path, base: Path) -> None:
-    reordered(tmp_path)
-    plan = load(write_plan(tmp_path, plan_text("other")))
-    with Opened(plan, by_token=True) as opened:
-        source = opened.inputs[0].source
-        whole = source.block(EMBED, 0, 96)
-        parts = [source.block(EMBED, at, min(at + 13, 96)) for at in range(0, 96, 13)]
-    np.testing.assert_array_equal(whole, np.concatenate(parts))
-
-
-def test_the_same_size_with_other_words_is_refused_and_a_few_are_noted(
-    tmp_path: Path, base: Path
-) -> None:
-    llama(tmp_path / "shuffled", 1, words=WORDS[::-1])
-    error = refused(tmp_path, plan_text("shuffled"))
-    assert error.code == "plan.vocabularies_differ"
-    assert 'row 0 is "the" in the base and "away" here' in str(error.got)
-    llama(tmp_path / "close", 1, words=[*WORDS[:-1], "<|im_end|>"])
-    _, notes = merged(tmp_path, plan_text("close"))
-    assert "8.33%" in notes[0]
-    assert "`--vocabulary base`" in notes[0]
-
-
-def test_a_vocabulary_that_is_not_there_cannot_be_matched(tmp_path: Path, base: Path) -> None:
-    folder, _ = reordered(tmp_path)
-    (folder / "tokenizer.json").unlink()
-    assert refused(tmp_path, plan_text("other"), by_token=True).code == "plan.no_vocabulary"
-
-
-def test_the_vocabulary_of_another_model_than_the_base_is_refused(
-    tmp_path: Path, base: Path
-) -> None:
-    llama(tmp_path / "one", 1)
-    error = refused(tmp_path, plan_text("one", extra="tokenizer_source: one\n"))
-    assert error.code == "plan.vocabulary_source"
-    assert "line 5" in error.message
-
-
-@pytest.mark.parametrize("kind", ["vocab.json", "vocab.txt", "unigram", "added"])
-def test_vocabularies_are_read_in_every_form(tmp_path: Path, base: Path, kind: str) -> None:
-    folder, words = reordered(tmp_path)
-    table = {word: row for row, word in enumerate(words)}
-    (folder / "tokenizer.json").unlink()
-    if kind == "vocab.json":
-        (folder / kind).write_text(json.dumps(table))
-    elif kind == "vocab.txt":
-        (folder / kind).write_text("\n".join(words) + "\n")
-    elif kind == "unigram":
-        pairs = {"model": {"type": "Unigram", "vocab": [[word, -1.0] for word in words]}}
-        (folder / "tokenizer.json").write_text(json.dumps(pairs))
-    else:
-        added = [{"id": table.pop(word), "content": word} for word in words[:3]]
-        body = {"model": {"vocab": table}, "added_tokens": added}
-        (folder / "tokenizer.json").write_text(json.dumps(body))
-    found, _ = merged(tmp_path, plan_text("other"), by_token=True)
-    np.testing.assert_allclose(
-        found[EMBED][WORDS.index("fox")], stored(folder)[EMBED][words.index("fox")], atol=1e-6
-    )
-
-
 def test_the_configuration_names_the_type_that_was_written(tmp_path: Path, base: Path) -> None:
     llama(tmp_path / "one", 1)
     merged(tmp_path, plan_text("one", extra="dtype: bfloat16\n"))
@@ -383,3 +257,13 @@ def test_what_an_adapter_cannot_be_is_refused(
         run_adapters(plan, opened, tmp_path / "out")
     assert caught.value.code == code
     assert "line 1" in caught.value.message
+
+
+def test_a_base_that_is_an_input_counts_once_listed_or_not(tmp_path: Path, base: Path) -> None:
+    llama(tmp_path / "one", 1)
+    expected = (tensors(1)[Q0].astype(np.float64) + BASE[Q0]) / 2
+    for number, models in enumerate((["one"], ["base", "one"], ["one", "base"])):
+        text = "base_model: base\n" + plan_text(*models, method="linear")
+        found, _ = merged(tmp_path, text)
+        np.testing.assert_allclose(found[Q0], expected, atol=1e-6)
+        (tmp_path / "out").rename(tmp_path / f"out{number}")
