@@ -13,19 +13,13 @@ from coldmerge.core.dtypes import Floats64
 from coldmerge.core.errors import ConfigError
 from coldmerge.merging.block import Block, View
 from coldmerge.merging.gram import base_and_deltas, gram, of_weights
-from coldmerge.merging.merger import Merger, PerInput, Scope
+from coldmerge.merging.merger import Merger, PerInput, Scope, Share
 
 
 class Unweighted(PerInput):
     """An input of a method that has no weights."""
 
     weight: float = Field(default=1.0, ge=1, le=1, description="Always 1: no input counts more.")
-
-
-class Share(PerInput):
-    """An input of a method that needs positive weights."""
-
-    weight: float = Field(default=1.0, gt=0, description="Share of this input.")
 
 
 class Combination(Merger):

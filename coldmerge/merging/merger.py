@@ -60,6 +60,12 @@ class PerInput(BaseModel):
     weight: float = Field(default=1.0, description="How much this input counts.")
 
 
+class Share(PerInput):
+    """The parameter of an input whose weight is a share: it must be positive."""
+
+    weight: float = Field(default=1.0, gt=0, description="Share of this input.")
+
+
 class Merger(BaseModel, ABC):
     """A merge method. Its fields are its parameters; `Each` those that every input has.
 

@@ -37,7 +37,7 @@ def cluster() -> Iterator[str]:
         "--node-ip-address=127.0.0.1 --object-store-memory=100000000"
     )
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        command = [RAY, "start", "--head", f"--port={port}", f"--temp-dir={folder}"]
+        command = [str(RAY), "start", "--head", f"--port={port}", f"--temp-dir={folder}"]
         with subprocess.Popen(
             [*command, *options.split()],
             stdout=subprocess.PIPE,

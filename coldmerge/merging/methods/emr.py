@@ -8,8 +8,7 @@ import numpy as np
 
 from coldmerge.core.dtypes import Floats32
 from coldmerge.merging.block import Block
-from coldmerge.merging.combination import Share
-from coldmerge.merging.merger import Merger, PerInput
+from coldmerge.merging.merger import Merger, PerInput, Share
 
 
 class Emr(Merger):

@@ -11,8 +11,7 @@ from pydantic import Field
 from coldmerge.core.dtypes import Floats64
 from coldmerge.merging.block import Block, View
 from coldmerge.merging.linalg import weighted_mean
-from coldmerge.merging.merger import Merger, PerInput, Scope
-from coldmerge.merging.methods.mean import Share
+from coldmerge.merging.merger import Merger, PerInput, Scope, Share
 from coldmerge.merging.shipped import shipped
 
 

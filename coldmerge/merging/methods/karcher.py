@@ -9,9 +9,9 @@ import numpy as np
 from pydantic import Field
 
 from coldmerge.core.dtypes import Floats64
-from coldmerge.merging.combination import Combination, Share
+from coldmerge.merging.combination import Combination
 from coldmerge.merging.gram import norms
-from coldmerge.merging.merger import BaseRole, PerInput
+from coldmerge.merging.merger import BaseRole, PerInput, Share
 
 
 class Karcher(Combination):

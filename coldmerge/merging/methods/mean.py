@@ -6,17 +6,10 @@ import math
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field
 
 from coldmerge.core.dtypes import Floats64
 from coldmerge.merging.block import Block
-from coldmerge.merging.merger import Merger, PerInput
-
-
-class Share(PerInput):
-    """An input of a mean."""
-
-    weight: float = Field(default=1.0, gt=0, description="Share of this input in the mean.")
+from coldmerge.merging.merger import Merger, PerInput, Share
 
 
 class Mean(Merger):

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from coldmerge.core.dtypes import Floats32
 from coldmerge.merging.block import Block, View
-from coldmerge.merging.combination import Share
-from coldmerge.merging.merger import Merger, PerInput, Scope
+from coldmerge.merging.merger import Merger, PerInput, Scope, Share
 from coldmerge.merging.sparsify import Rows, kth_magnitudes
 
 TAIL = 0.0001

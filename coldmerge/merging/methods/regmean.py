@@ -10,8 +10,7 @@ from pydantic import Field
 from coldmerge.core.dtypes import Floats64
 from coldmerge.merging.block import Block
 from coldmerge.merging.linalg import single_blas_thread, weighted_mean
-from coldmerge.merging.merger import Cut, Merger, PerInput
-from coldmerge.merging.methods.mean import Share
+from coldmerge.merging.merger import Cut, Merger, PerInput, Share
 from coldmerge.merging.shipped import shipped
 
 
