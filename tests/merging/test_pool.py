@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -62,3 +64,25 @@ def test_no_thread_is_left_behind() -> None:
     with Pool(4) as pool:
         pool.spread(abs, range(100))
     assert not [t for t in threading.enumerate() if t.name.startswith("merge-")]
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from coldmerge.merging import Pool
+
+def work(_):
+    np.ones(2**19)
+
+with Pool(1) as pool:
+    pool.spread(work, range(5))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pool.spread(work, range(50))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how other C libraries free is not ours")
+def test_memory_that_blocks_free_is_used_again() -> None:
+    ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, check=True, text=True)
+    assert int(ran.stdout) < 5 * 1024, "pages of 4 KB; fifty arrays of 4 MB have 51,200"
