@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from coldmerge.core.errors import ConfigError
 from coldmerge.merging import Uniform, merger_class, uniform
 from coldmerge.merging.outer import Outer, outer
 from coldmerge.rounds.policy import MergePolicy, Parameters, RoundPolicy
+from coldmerge.rounds.statistics import statistics_for
 
 
 def recipe_of(policy: MergePolicy, weights: Sequence[float]) -> Uniform:
@@ -39,11 +41,26 @@ def resolved(policy: P) -> P:
 
     Raises:
         ConfigError: no such method or optimizer, or not with these parameters, or the
-            method cannot merge as many contributions as the round may seal with.
+            method cannot merge as many contributions as the round may seal with, or needs
+            statistics that contributors do not know of.
     """
     for count in {policy.min_contributions, policy.seals_at or policy.min_contributions}:
-        recipe_of(policy.merge, [1.0] * count)
+        _check_asked(policy.merge, recipe_of(policy.merge, [1.0] * count))
     return policy.model_copy(update={"merge": _resolved(policy.merge)})
+
+
+def _check_asked(policy: MergePolicy, recipe: Uniform) -> None:
+    """Contributors read in the policy what to measure; a method of one's own is not in there."""
+    unknown = sorted(recipe.merger.needs - statistics_for(policy))
+    if unknown:
+        raise ConfigError(
+            "policy.needs_statistics",
+            f"Merging by {policy.method} needs {unknown[0]} statistics, which contributors would "
+            "not know to send.",
+            expected="fisher, regmean or mats where statistics are needed",
+            got=policy.method,
+            hint="Merge with it at home, from a plan: `coldmerge merge`.",
+        )
 
 
 def _resolved(policy: MergePolicy) -> MergePolicy:
