@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,14 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.documents import Statistic
 from coldmerge.core.dtypes import Floats32, Floats64
 from coldmerge.core.errors import ColdmergeError
+from coldmerge.core.extraction import extract
+from coldmerge.core.statistics import Measured, Wanted
+from coldmerge.merging import Input, merge, merger
 from coldmerge.merging.shipped import check_shipped
-from tests.merging.sources import ArrayDelta, job, merged
+from tests.merging.sources import DIGEST, ArrayDelta, job, merged
+from tests.support import write_model
 
 quick = settings(max_examples=40, deadline=None)
 cases = st.tuples(st.integers(1, 40), st.integers(1, 5), st.integers(0, 999))
 Case = tuple[int, int, int]
+EXTENTS = {"m.weight": (4, 6), "n.weight": (6,)}
 
 
 def draw(case: Case) -> tuple[Floats32, Floats32, Floats32, list[float]]:
@@ -146,3 +155,35 @@ def test_the_check_before_a_merge_names_three_tensors_and_the_input() -> None:
         assert words in caught.value.message
     with pytest.raises(ColdmergeError, match="statistic_missing"):
         check_shipped(job("fisher", deltas, [ArrayDelta(deltas)]).inputs, names, "fisher")
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean", "mats"])
+def test_statistics_come_from_the_files_of_task_vectors(tmp_path: Path, method: str) -> None:
+    """Measured beside a fine-tune, extracted, merged into a folder: the same as in memory."""
+    kind: Statistic = "fisher" if method == "fisher" else "gram"
+    rng = np.random.default_rng(11)
+    start = {n: rng.standard_normal(e).astype(np.float32) for n, e in EXTENTS.items()}
+    base = Checkpoint.open(write_model(tmp_path / "base", start))
+    files, arrays = [], []
+    for i in range(3):
+        tuned = {n: (x + rng.standard_normal(x.shape)).astype(np.float32) for n, x in start.items()}
+        facts = {"m.weight": rng.uniform(0.1, 1, (4, 6)), "n.weight": rng.uniform(0.1, 1, 6)}
+        if kind == "gram":
+            x = rng.standard_normal((20, 6))
+            facts = {"m.weight": x.T @ x}
+        facts = {name: values.astype(np.float32) for name, values in facts.items()}
+        shipped = write_model(tmp_path / f"facts{i}", {f"{n}.{kind}": x for n, x in facts.items()})
+        (shipped / "statistics.json").write_text(json.dumps({kind: 20}))
+        vector = extract(
+            base,
+            write_model(tmp_path / f"tuned{i}", tuned),
+            tmp_path / f"v{i}",
+            base_digest=DIGEST,
+            statistics=Wanted(measured=Measured.open(shipped, {kind})),
+        ).task_vector
+        files.append(Input(f"{i:03}", vector))
+        arrays.append(ArrayDelta({n: tuned[n] - x for n, x in start.items()}, {kind: facts}))
+    merge(base, files, merger(method), tmp_path / "out")
+    found = Checkpoint.open(tmp_path / "out")
+    for name, values in merged(method, start, arrays).items():
+        np.testing.assert_array_equal(found.array(name), values)
