@@ -24,6 +24,7 @@ from coldmerge.cli.output import (
 
 if TYPE_CHECKING:
     from coldmerge.core.digests import Content
+    from coldmerge.core.progress import Progress
     from coldmerge.merging.folder import Engine
     from coldmerge.merging.plan import Opened, Plan
 
@@ -93,16 +94,19 @@ def merge(
     largest = _bytes(shard_size)
     read = load(plan)
     scratch = _existing(folder) if engine is EngineName.RAY else None
-    with Opened(read, models, scratch=scratch, by_token=vocabulary is not None) as opened:
+    with (
+        bars(fmt) as progress,
+        Opened(
+            read, models, scratch=scratch, by_token=vocabulary is not None, progress=progress
+        ) as opened,
+    ):
         for note in opened.notes:
             err.print(f"note: {note}", highlight=False, markup=False)
         if dry_run:
             _show_estimate(read, opened, folder, threads, fmt)
-            return
-        if read.makes_adapter:
-            _merge_adapters(read, opened, folder, fmt)
-            return
-        with bars(fmt) as progress:
+        elif read.makes_adapter:
+            _merge_adapters(read, opened, folder, fmt, progress)
+        else:
             content = run(
                 read,
                 opened,
@@ -113,16 +117,17 @@ def merge(
                 extra_files={"README.md": _card(read, opened, folder).encode()},
                 progress=progress,
             )
-    _show_result(read, opened, folder, content, fmt)
+            _show_result(read, opened, folder, content, fmt)
 
 
-def _merge_adapters(plan: Plan, opened: Opened, folder: Path, fmt: Format) -> None:
+def _merge_adapters(
+    plan: Plan, opened: Opened, folder: Path, fmt: Format, progress: Progress
+) -> None:
     from coldmerge.core.adapters import WEIGHTS
     from coldmerge.core.digests import file_digest
     from coldmerge.merging.plan.adapters import run_adapters
 
-    with bars(fmt) as progress:
-        found = run_adapters(plan, opened, folder, progress=progress)
+    found = run_adapters(plan, opened, folder, progress=progress)
     digest, nbytes = file_digest(folder / WEIGHTS)
     print_record(
         {

@@ -85,6 +85,9 @@ class TaskVector:
         file = PositionalFile(Path(path))
         return cls(file, parse_header(file))
 
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return type(self).open, (self.path,)
+
     @property
     def payload_bytes(self) -> int:
         """Length of the data section: what is sent."""

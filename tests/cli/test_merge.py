@@ -325,3 +325,26 @@ def test_adapters_merge_into_an_adapter_folder(
         "adapter_model.safetensors",
     }
     assert "lora_alpha" in coldmerge("methods", "lora_svd").out
+
+
+_LIGHT = """
+import sys
+sys.argv = ["coldmerge", "merge", sys.argv[1], sys.argv[2], "--format", "json"]
+from coldmerge.cli import main
+try:
+    main()
+finally:
+    heavy = {"torch", "transformers", "huggingface_hub.repocard", "grpc", "scipy"}
+    print(sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_a_merge_starts_light(plan: Path, tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _LIGHT, plan, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT,
+    )
+    assert ran.stderr == "[]\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -267,3 +268,32 @@ def test_a_base_that_is_an_input_counts_once_listed_or_not(tmp_path: Path, base:
         found, _ = merged(tmp_path, text)
         np.testing.assert_allclose(found[Q0], expected, atol=1e-6)
         (tmp_path / "out").rename(tmp_path / f"out{number}")
+
+
+def test_a_base_that_cannot_be_read_is_named_with_its_line(tmp_path: Path, base: Path) -> None:
+    llama(tmp_path / "one", 1)
+    (base / "model.safetensors").unlink()
+    error = refused(tmp_path, plan_text("one"))
+    assert error.code == "plan.unusable_model"
+    assert "line 2, column 13: base cannot be merged." in error.message
+
+
+def test_one_folder_under_two_names_is_one_base(tmp_path: Path, base: Path) -> None:
+    llama(tmp_path / "one", 1)
+    (tmp_path / "link").symlink_to(base)
+    plan = load(write_plan(tmp_path, plan_text("link", "./one")))
+    with Opened(plan) as opened:
+        assert [item.label for item in opened.inputs] == ["./one"]
+
+
+def test_inputs_travel_to_other_processes(tmp_path: Path, base: Path) -> None:
+    llama(tmp_path / "one", 1)
+    llama(tmp_path / "other", 2, words=["fox", "the", "new"])
+    adapter(tmp_path / "lora")
+    vector(base, tmp_path / "one", tmp_path / "v.safetensors")
+    names = ("one", "other", "lora", "v.safetensors", "one+lora")
+    plan = load(write_plan(tmp_path, plan_text(*names)))
+    with Opened(plan, by_token=True) as opened:
+        for item in opened.inputs:
+            there = pickle.loads(pickle.dumps(item.source))  # noqa: S301 - our own bytes
+            np.testing.assert_array_equal(there.block(Q0, 3, 30), item.source.block(Q0, 3, 30))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -13,6 +14,7 @@ from coldmerge.core.deltas import check_base, is_adapter
 from coldmerge.core.digests import content_entries
 from coldmerge.core.errors import CheckpointError, ConfigError, TaskVectorError
 from coldmerge.core.extraction import extract
+from coldmerge.core.progress import Counter, Progress, silent
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.merging.merger import BaseRole
 from coldmerge.merging.plan.fitting import Adapted, Fitter
@@ -46,8 +48,9 @@ class Opened:
         *,
         scratch: Path | None = None,
         by_token: bool = False,
+        progress: Progress = silent,
     ) -> None:
-        self._plan, self._models = plan, models
+        self._plan, self._models, self._progress = plan, models, progress
         self._by_token = by_token or plan.vocabulary is not None
         self._scratch = TemporaryDirectory(prefix=".coldmerge-", dir=scratch)
         self._folders: dict[Path, Checkpoint] = {}
@@ -72,7 +75,8 @@ class Opened:
         base = origin or self._first_folder(found)
         self._check_base(base)
         self._base_place = base
-        self.base = self._folder(base.path)
+        with _told_where(plan.base or plan.models[found.index(base)]):
+            self.base = self._folder(base.path)
         self._digest = self._digest_if_needed(found)
         self._fitter = Fitter(self.base, self._digest, self._by_token, self.notes)
         counts = origin is None or plan.method.base_role is BaseRole.INPUT
@@ -102,7 +106,7 @@ class Opened:
                 hint="Add `base_model:` with the model that the others were fine-tuned from.",
                 at=plan.method_at,
             )
-        return Place(folder.path)
+        return folder
 
     def _check_base(self, base: Place) -> None:
         named, source = self._plan.base, self._plan.vocabulary
@@ -140,9 +144,11 @@ class Opened:
 
     def _digest_if_needed(self, found: Sequence[Place]) -> str:
         """The base's content digest, which takes reading it, if a task vector names one."""
-        if any(place.path.is_file() for place in found):
-            return content_entries(self.base).digest
-        return ""
+        if not any(place.path.is_file() for place in found):
+            return ""
+        total = sum(spec.nbytes for spec in self.base.tensors.values())
+        count = Counter("hash", total, self._progress)
+        return content_entries(self.base, count.add).digest
 
     def _folder(self, path: Path) -> Checkpoint:
         if path not in self._folders:
@@ -155,20 +161,8 @@ class Opened:
         Raises:
             TaskVectorError: it does not fit the base; with the line.
         """
-        try:
+        with _told_where(named):
             return self._opened(named, place)
-        except (TaskVectorError, CheckpointError) as error:
-            if error.code.startswith("plan."):
-                raise
-            raise type(error)(
-                "plan.unusable_model",
-                f"{named.where}: {named.name} cannot be merged. {error.message} [{error.code}]",
-                expected=error.expected,
-                got=error.got,
-                hint=error.hint,
-                at=named.where,
-                **{key: value for key, value in error.ids.items() if key != "at"},
-            ) from error
 
     def _opened(self, named: Named, place: Place) -> Delta:
         if place.path.is_file():
@@ -192,3 +186,25 @@ class Opened:
         found = extract(under, folder, out, base_digest=self._digest)
         self._fitter.tell_left_out(named, found.kept_home)
         return found.task_vector
+
+
+@contextmanager
+def _told_where(named: Named) -> Iterator[None]:
+    """Say with the line which model could not be opened.
+
+    Raises:
+        TaskVectorError: it could not.
+    """
+    try:
+        yield
+    except (TaskVectorError, CheckpointError) as error:
+        if error.code.startswith("plan."):
+            raise
+        raise TaskVectorError(
+            "plan.unusable_model",
+            f"{named.where}: {named.name} cannot be merged. {error.message} [{error.code}]",
+            expected=error.expected,
+            got=error.got,
+            hint=error.hint,
+            **{"at": named.where, **error.ids},
+        ) from error

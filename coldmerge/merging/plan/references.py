@@ -63,7 +63,7 @@ def candidates(name: str, plan_folder: Path, models: Path | None) -> Iterator[Pa
 def _find(name: str, plan_folder: Path, models: Path | None) -> Path | None:
     for path in candidates(name, plan_folder, models):
         if path.exists():
-            return path
+            return path.resolve()
     return _cached(name) if _is_hub(name) else None
 
 
@@ -80,4 +80,4 @@ def _cached(name: str) -> Path | None:
         found = snapshot_download(repository, revision=revision or None, local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError):
         return None
-    return Path(found)
+    return Path(found).resolve()
