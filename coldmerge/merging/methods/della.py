@@ -84,12 +84,12 @@ def by_rank(rows: Floats32, values: npt.NDArray[np.uint32]) -> npt.NDArray[np.ui
 
     Of equal magnitudes the first is the smaller one.
     """
-    shape = (1, rows.shape[1], *(1 for _ in rows.shape[2:]))
     keys = np.abs(rows).view(np.uint32).astype(np.uint64)  # magnitudes sort as their bits do
     keys <<= np.uint64(32)
-    keys |= np.arange(rows.shape[1], dtype=np.uint64).reshape(shape)
+    keys |= np.arange(rows.size, dtype=np.uint64).reshape(rows.shape)
     keys.sort(axis=1)
     keys &= np.uint64(2**32 - 1)
-    found = np.empty(rows.shape, np.uint32)
-    np.put_along_axis(found, keys.view(np.int64), values.reshape(shape), axis=1)
-    return found
+    found = np.empty(rows.size, np.uint32)
+    along = values.reshape(1, -1, *(1 for _ in rows.shape[2:]))
+    found[keys.view(np.int64).reshape(-1)] = np.broadcast_to(along, rows.shape).reshape(-1)
+    return found.reshape(rows.shape)
