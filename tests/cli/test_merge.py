@@ -91,6 +91,9 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert found["bytes_read"] == 2 * 3 * 4 * numbers  # TIES reads everything twice
     assert found["memory_bytes"] > 10**7
     assert 0 < found["seconds"] < 60
+    write_plan(tmp_path, "merge_method: linear\nmodels: [{model: one}, {model: two}]\n")
+    found = coldmerge("merge", plan, tmp_path / "out", "--dry-run", "--format", "json").json
+    assert found["bytes_read"] == 2 * 4 * numbers
     shown = coldmerge("merge", plan, tmp_path / "out", "--dry-run").out
     assert "estimates" in shown
     assert sorted(tmp_path.iterdir()) == before

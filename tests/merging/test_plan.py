@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coldmerge.core.errors import ConfigError
 from coldmerge.merging.plan import load
+from coldmerge.merging.plan.parameters import check_words
 from tests.merging.models import write_plan
 
 PLAN = """\
@@ -156,3 +160,21 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, raw: bytes | None) ->
     with pytest.raises(ConfigError) as caught:
         load(path)
     assert caught.value.code in {"plan.unreadable", "plan.not_yaml"}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_damage_to_a_plan_is_anything_but_an_error_of_its_own(data: st.DataObject) -> None:
+    text = PLAN
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(text)))
+        cut = data.draw(st.integers(0, 6))
+        new = data.draw(st.text("-[]{}:&*!|>'\"#%@,? \n\t0a.é\x00\ud800", max_size=4))
+        text = text[:at] + new + text[at + cut :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.yaml"
+        path.write_bytes(text.encode(errors="surrogatepass"))
+        try:
+            check_words(load(path))
+        except ConfigError as error:
+            assert error.hint  # noqa: PT017 - either is fine, any other error is not

@@ -132,6 +132,23 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path, base: Path) -> N
     assert "extract.no_match" in refused(tmp_path, plan_text("strange")).message
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "told"), [("owner/Base", False), ("./base/", False), ("owner/other", True)]
+)
+def test_an_adapter_that_names_another_base_is_noted(
+    tmp_path: Path, base: Path, trained_on: str, told: bool
+) -> None:
+    config = adapter(tmp_path / "lora") / "adapter_config.json"
+    body = json.loads(config.read_text()) | {"base_model_name_or_path": trained_on}
+    config.write_text(json.dumps(body))
+    _, notes = merged(tmp_path, plan_text("lora"))
+    assert notes == (
+        ["lora: the adapter says it was trained on owner/other, and goes onto base."]
+        if told
+        else []
+    )
+
+
 def test_a_task_vector_of_another_base_is_refused(tmp_path: Path, base: Path) -> None:
     vector(base, llama(tmp_path / "one", 1), tmp_path / "v.safetensors", "ab" * 32)
     error = refused(tmp_path, plan_text("v.safetensors"))

@@ -15,7 +15,7 @@ from coldmerge.core.dtypes import FLOATS, NUMPY, Floats32, from_float32, nbytes,
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.merging.block import View
 from coldmerge.merging.engine import BLOCK, Job
-from coldmerge.merging.merger import Cut, Merger
+from coldmerge.merging.merger import Cut, Merger, Space
 from coldmerge.merging.plan.inputs import Opened
 from coldmerge.merging.plan.plan import Plan
 from coldmerge.merging.plan.run import recipe
@@ -107,7 +107,8 @@ def _bytes_read(opened: Opened, job: Job) -> int:
     measures = any(
         type(job.setting(name).merger).measure is not Merger.measure for name in job.names
     )
-    stored = sum(spec.nbytes for spec in opened.base.tensors.values())
+    reads_base = any(job.setting(name).merger.space is Space.DELTAS for name in job.names)
+    stored = sum(spec.nbytes for spec in opened.base.tensors.values()) if reads_base else 0
     for item in opened.inputs:
         source = item.source
         if isinstance(source, TaskVector):

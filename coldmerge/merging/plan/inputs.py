@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
+from coldmerge.core.adapters import CONFIG
 from coldmerge.core.algebra import Delta, check_fits
-from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.checkpoint import Checkpoint, read_json
 from coldmerge.core.deltas import check_base, is_adapter
 from coldmerge.core.digests import content_entries
 from coldmerge.core.errors import CheckpointError, ConfigError, TaskVectorError
@@ -184,8 +185,27 @@ class Opened:
         number = len(list(Path(self._scratch.name).iterdir()))
         out = Path(self._scratch.name) / f"{number}.safetensors"
         found = extract(under, folder, out, base_digest=self._digest)
+        self._tell_other_base(named, folder)
         self._fitter.tell_left_out(named, found.kept_home)
         return found.task_vector
+
+    def _tell_other_base(self, named: Named, folder: Path) -> None:
+        """Note where an adapter says that it was trained on a model of another name.
+
+        No more than a note: shapes fit, and one model goes by many names.
+        """
+        trained_on = read_json(folder / CONFIG).get("base_model_name_or_path")
+        under, plus, _ = named.name.partition("+")
+        if not plus:
+            under = self._plan.base.name if self._plan.base else ""
+        names = [
+            str(n).partition("@")[0].rstrip("/").rpartition("/")[2] for n in (trained_on, under)
+        ]
+        if trained_on and under and names[0].casefold() != names[1].casefold():
+            self.notes.append(
+                f"{named.name}: the adapter says it was trained on {trained_on}, and goes onto"
+                f" {under}."
+            )
 
 
 @contextmanager
