@@ -13,7 +13,7 @@ from coldmerge.core.dtypes import Floats32, Floats64, size
 from coldmerge.core.errors import TaskVectorError
 from coldmerge.merging.merger import PerInput, Space
 from coldmerge.merging.pool import Pool
-from coldmerge.merging.sources import Input, Source, Statistics, Weights
+from coldmerge.merging.sources import Input, Source, Statistics
 
 if TYPE_CHECKING:
     from coldmerge.merging.engine import Job
@@ -86,8 +86,9 @@ class Block:
         if self.name not in source.names:
             zero = self._space is Space.DELTAS
             return np.zeros(self.size, np.float32) if zero else self.base.copy()
-        if isinstance(source, Weights):
-            values = source.theta(self.name, self.start, self.stop)
+        theta = getattr(source, "theta", None)  # `isinstance(source, Weights)` takes 20 µs
+        if theta is not None:
+            values: Floats32 = theta(self.name, self.start, self.stop)
             if self._space is Space.DELTAS:
                 with np.errstate(over="ignore", invalid="ignore"):
                     np.subtract(values, self.base, out=values)
