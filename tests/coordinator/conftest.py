@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from coldmerge.core.documents import Manifest
+from coldmerge.core.documents import Manifest, Statistic
 from coldmerge.core.dtypes import NUMPY, as_bytes
 from coldmerge.core.header import TensorSpec
 from coldmerge.core.task_vector import TaskVector, vector_header
@@ -58,6 +58,7 @@ class Bench:
         *,
         examples: int = 100,
         scaling: Mapping[str, float] | None = None,
+        statistics: Mapping[Statistic, float] | None = None,
     ) -> str:
         """Admit a task vector as the service would: the contribution's id."""
         contribution = f"contribution-{secrets.token_hex(8)}"
@@ -75,6 +76,7 @@ class Bench:
             encoding=encoding,
             base_digest=row.base_digest,
             scaling=scaling or {},
+            statistics=statistics,
         )
         parts = [bytes(as_bytes(np.ascontiguousarray(a))) for _, a in sorted(deltas.items())]
         path.write_bytes(header + b"".join(parts))
@@ -92,6 +94,7 @@ class Bench:
             encoding=vector.encoding,
             tensors=vector.entries(),
             scaling=dict(scaling or {}),
+            statistics=dict(statistics or {}),
             examples=examples,
             norm=vector.norm(),
         )

@@ -17,6 +17,7 @@ from coldmerge_coordinator.store import contributions, releases, rounds
 from coldmerge_coordinator.worker import BEAT, Worker, run_once
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
     from pathlib import Path
 
@@ -130,6 +131,46 @@ def test_methods_of_weights_read_the_published_release_and_move_the_master(bench
     average = ((one + two) / np.float32(2)).astype(np.float64)
     expected = (master + (average - published)).astype(np.float32)
     assert bench.masters(bench.release())["w"].tobytes() == expected.tobytes()
+
+
+def test_fisher_of_a_round_reads_what_contributors_shipped(bench: Bench) -> None:
+    base = draw(0)
+    bench.add_model({"w": base})
+    opened = bench.open_round(min_contributions=2, merge={"method": "fisher"})
+    taus = {"a": draw(1, 1e-2), "b": draw(2, 1e-2)}
+    fishers = {"a": np.abs(draw(3)), "b": np.abs(draw(4))}
+    for name, tau in taus.items():
+        sent = {"w": tau, "w.fisher": fishers[name]}
+        bench.contribute(opened, name, sent, statistics={"fisher": 100.0})
+    assert run_once(bench.store, bench.clock)
+    top = sum(fishers[name].astype(np.float64) * tau for name, tau in taus.items())
+    bottom = sum(fishers[name].astype(np.float64) for name in taus)
+    expected = (base + top / bottom).astype(np.float32)
+    np.testing.assert_allclose(
+        bench.masters(bench.release())["w"], expected.ravel(), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_shipped_thresholds_give_the_bytes_of_exact_ones(
+    make_bench: Callable[[str], Bench],
+) -> None:
+    taus = {"a": draw(1, 1e-2), "b": draw(2, 1e-2)}
+    found = {}
+    for thresholds in ("exact", "shipped"):
+        bench = make_bench(thresholds)
+        bench.add_model({"w": draw(0)})
+        parameters = {"density": 0.25, "thresholds": thresholds}
+        merge = {"method": "ties", "parameters": parameters}
+        opened = bench.open_round(min_contributions=2, merge=merge)
+        for name, tau in taus.items():
+            kept = np.sort(np.abs(tau).ravel())[-tau.size // 4 :][:1]
+            sent, statistics = {"w": tau}, None
+            if thresholds == "shipped":
+                sent, statistics = {"w": tau, "w.trim": kept}, {"trim": 0.25}
+            bench.contribute(opened, name, sent, statistics=statistics)
+        assert run_once(bench.store, bench.clock)
+        found[thresholds] = bench.release().master_digest
+    assert found["exact"] == found["shipped"]
 
 
 def test_a_first_pass_over_the_inputs_can_be_interrupted(bench: Bench) -> None:

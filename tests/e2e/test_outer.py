@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.e2e.test_loop import fine_tune, serve_model, stored_release
-from tests.federation import Federation, Hub
+from tests.federation import COLDMERGE, Federation, Hub, environment
 from tests.support import until
 
 OUTER = {"method": "nesterov", "lr": 0.7, "momentum": 0.9}
@@ -74,3 +75,16 @@ def stored_taus(hub: Path, number: int) -> list[dict[str, torch.Tensor]]:
         ).fetchall()
     assert len(rows) == 3
     return [load_file(hub / "contributions" / payload) for (payload,) in rows]
+
+
+def test_whoever_opens_a_round_hears_the_methods_caution(
+    federation: Federation, tmp_path: Path
+) -> None:
+    serve_model(federation)
+    policy = tmp_path / "dare.yaml"
+    policy.write_text("merge:\n  method: dare_ties\n  parameters: {density: 0.5}\n")
+    command = [*COLDMERGE, "round", "open", "fruit", "--policy", str(policy), "--format", "json"]
+    env = environment(COLDMERGE_DIR=str(federation.hub.folder))
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["state"] == "OPEN"
+    assert "note: dare_ties: each round drops anew" in " ".join(done.stderr.split())
