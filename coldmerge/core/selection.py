@@ -27,8 +27,8 @@ WHOLE = 2**18
 RUN = 512
 MOST_SAMPLED = 2**20
 MOST_COLLECTED = 2**22
-DEVIATIONS = 5.0
-"""Half the bracket's width in standard errors: it misses about once in a million tensors."""
+DEVIATIONS = 4.0
+"""Half the bracket's width in standard errors: it misses about once in ten thousand tensors."""
 
 
 def kept(density: float, size: int) -> int:
@@ -123,10 +123,9 @@ class Bracket:
             return Seen(total, int(np.count_nonzero(within)), np.empty(0, np.float32))
         inside = magnitudes.compress(within)
         found = Seen(total, len(inside), inside)
-        if len(inside) > len(magnitudes) // 32:  # narrow floats take few values: count them
+        if len(inside) > len(magnitudes) // 64 and _few(inside[:64]):
             values, counts = np.unique(inside, return_counts=True)
-            if len(values) < len(inside) // 4:
-                found = Seen(total, len(inside), values, counts)
+            found = Seen(total, len(inside), values, counts)
         self._collected += len(found.values)
         return found
 
@@ -148,6 +147,11 @@ class Bracket:
             if reached[-1] == held:
                 return np.float32(values[falling[np.searchsorted(reached, place)]])
         return _partition(values, [place])[0] if len(values) == held else None
+
+
+def _few(values: Floats32) -> bool:
+    """Whether these look like the few values that narrow floats take: better counted."""
+    return 4 * len(set(values.tolist())) < len(values)
 
 
 def _bracketed(
