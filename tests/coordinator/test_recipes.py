@@ -164,10 +164,11 @@ def test_shipped_thresholds_give_the_bytes_of_exact_ones(
         opened = bench.open_round(min_contributions=2, merge=merge)
         for name, tau in taus.items():
             kept = np.sort(np.abs(tau).ravel())[-tau.size // 4 :][:1]
-            sent, statistics = {"w": tau}, None
             if thresholds == "shipped":
-                sent, statistics = {"w": tau, "w.trim": kept}, {"trim": 0.25}
-            bench.contribute(opened, name, sent, statistics=statistics)
+                sent = {"w": tau, "w.trim": kept}
+                bench.contribute(opened, name, sent, statistics={"trim": 0.25})
+            else:
+                bench.contribute(opened, name, {"w": tau})
         assert run_once(bench.store, bench.clock)
         found[thresholds] = bench.release().master_digest
     assert found["exact"] == found["shipped"]

@@ -126,13 +126,13 @@ sys.stderr.write(f"{peak * 1024}")
 """
 
 
-def private_peak(bench: Bench, nbytes: int, contributions: int) -> int:
+def private_peak(bench: Bench, nbytes: int, contributions: int, **merge: object) -> int:
     """Peak private memory of merging a model of `nbytes` of fp32 in two tensors."""
     rng = np.random.default_rng(1)
     shape = (nbytes // 8 // 1024, 1024)
     names = ("a.weight", "b.weight")
     bench.add_model({name: rng.random(shape, np.float32) for name in names})
-    round_id = bench.open_round(min_contributions=contributions)
+    round_id = bench.open_round(min_contributions=contributions, merge=merge)
     for number in range(contributions):
         delta = rng.random(shape, np.float32)
         bench.contribute(round_id, f"org-{number}", dict.fromkeys(names, delta))
@@ -143,8 +143,12 @@ def private_peak(bench: Bench, nbytes: int, contributions: int) -> int:
     return int(done.stderr)
 
 
-def test_memory_does_not_grow_with_the_model(bench: Bench) -> None:
-    assert private_peak(bench, 128 * 2**20, contributions=3) < 200 * 2**20
+TIES = {"method": "ties", "parameters": {"density": 0.2}}
+
+
+@pytest.mark.parametrize("merge", [{}, TIES, {**TIES, "outer": {"method": "adam"}}])
+def test_memory_does_not_grow_with_the_model(bench: Bench, merge: dict[str, object]) -> None:
+    assert private_peak(bench, 128 * 2**20, contributions=3, **merge) < 200 * 2**20
 
 
 @pytest.mark.slow
