@@ -13,7 +13,7 @@ from coldmerge.core.dtypes import Floats32, Floats64, size
 from coldmerge.core.errors import TaskVectorError
 from coldmerge.merging.merger import PerInput, Space
 from coldmerge.merging.pool import Pool
-from coldmerge.merging.sources import Input, Source, Statistics
+from coldmerge.merging.sources import Input, Source, Statistics, ships
 
 if TYPE_CHECKING:
     from coldmerge.merging.engine import Job
@@ -112,15 +112,17 @@ class Block:
             stacked[i] = self.row(i)
         return stacked
 
-    def statistic(self, i: int, kind: str) -> Floats32 | None:
-        """What input `i` shipped about this tensor; None when it shipped nothing.
+    def ships(self, i: int, kind: str) -> bool:
+        """Whether input `i` shipped the statistic `kind` about this tensor."""
+        return ships(self._inputs[i], self.name, kind)
+
+    def statistic(self, i: int, kind: str) -> Floats32:
+        """What input `i` shipped about this tensor, if `ships` says that it did.
 
         `fisher` gives this block's elements, shape (size,); `gram` the whole (in, in)
         matrix; `trim` one value, shape (1,).
         """
         source = cast(Statistics, self._inputs[i].source)
-        if not hasattr(source, "has_statistic") or not source.has_statistic(self.name, kind):
-            return None
         if kind == "fisher":
             return source.statistic(self.name, kind, self.start, self.stop)
         side = self.tensor_shape[-1] if kind == "gram" else 1
@@ -174,7 +176,8 @@ class View:
 
     def shipped(self, i: int, kind: str) -> Floats32 | None:
         """A statistic that input `i` shipped about a view of one tensor."""
-        return self._job.block(self.names[0], 0, 0).statistic(i, kind)
+        block = self._job.block(self.names[0], 0, 0)
+        return block.statistic(i, kind) if block.ships(i, kind) else None
 
     def read(self, i: int, start: int, stop: int) -> Floats32:
         """Elements [start, stop) of input `i` over the view, shape (stop - start,)."""

@@ -1,7 +1,7 @@
 """The merge engine: a recipe over blocks of task vectors, on all processors, in little memory.
 
 Memory is O(threads × block × inputs), whatever the size of the model; a merger that needs
-whole tensors gets as many at a time as fit where its largest one must fit anyway. The order
+whole tensors gets one at a time, or several small ones (`ROOM`). The order
 of the inputs is that of their keys and no value depends on which thread made it, so the
 same inputs give the same bytes.
 """
@@ -23,6 +23,7 @@ from coldmerge.merging.block import Block, View
 from coldmerge.merging.merger import Cut, Merger, Scope, Space
 from coldmerge.merging.pool import Pool
 from coldmerge.merging.recipe import Recipe, Setting
+from coldmerge.merging.shipped import check_density, check_shipped
 from coldmerge.merging.sources import Input, Source
 
 R = TypeVar("R")
@@ -32,6 +33,9 @@ BLOCK = 2**16
 
 UNIT = 4
 """Blocks that a thread takes at a time."""
+
+ROOM = 2**23
+"""Elements of whole tensors that may be at work at a time, or one tensor if it is larger."""
 
 
 class Job:
@@ -55,14 +59,14 @@ class Job:
         self.inputs = in_order(inputs)
         self._block = block
         self._global_facts: dict[Merger, Any] = {}
-        self._room = _Room(self.largest_whole)
+        self._room = _Room(max(ROOM, self.largest_whole))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_room"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._room = _Room(self.largest_whole)
+        self._room = _Room(max(ROOM, self.largest_whole))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -80,7 +84,7 @@ class Job:
 
     def cuts(self, name: str) -> list[tuple[int, int]]:
         """The ranges [start, stop) that tensor `name` is merged in."""
-        shape, cut = self._shapes[name], self.setting(name).merger.cut
+        shape, cut = self._shapes[name], self._cut(name)
         if cut is Cut.ELEMENTS:
             return list(blocks(size(shape), self._block))
         row = size(shape[1:]) if len(shape) > 1 else size(shape)
@@ -94,22 +98,47 @@ class Job:
         return Block(self.base, self.inputs, setting.each, setting.merger.space, place)
 
     def survey(self, pool: Pool) -> None:
-        """Let mergers of global scope measure the whole model. Call it before `facts`."""
+        """Look at the whole model where a merger must. Call it before `facts`.
+
+        Raises:
+            ConfigError: parameters of a global scope vary between tensors.
+        """
+        for merger, names in self._by_merger().items():
+            if merger.scope is Scope.GLOBAL:
+                self._check_one_setting(merger, names)
+                self._global_facts[merger] = merger.measure(View(self, names, pool))
+
+    def check_statistics(self) -> None:
+        """Check that inputs ship what mergers need for every tensor.
+
+        A round does without this check: there a tensor that lacks a statistic gets the mean,
+        so that no contributor can stop the others.
+
+        Raises:
+            ConfigError: an input lacks a statistic.
+        """
+        for merger, names in self._by_merger().items():
+            for kind in sorted(merger.needs):
+                check_shipped(self.inputs, names, kind)
+            if "trim" in merger.needs:
+                for name in names:
+                    check_density(self.inputs, self.setting(name).each)
+
+    def _by_merger(self) -> dict[Merger, list[str]]:
         groups: dict[Merger, list[str]] = {}
         for name in self.names:
-            merger = self.setting(name).merger
-            if merger.scope is Scope.GLOBAL:
-                groups.setdefault(merger, []).append(name)
-        for merger, names in groups.items():
-            if len({self.setting(name).each for name in names}) > 1:
-                raise ConfigError(
-                    "merge.scope_and_gradient",
-                    f"{merger.name} with a global scope has one set of parameters for all tensors.",
-                    expected="plain numbers",
-                    got="a gradient or filter over tensors",
-                    hint="Use `scope: tensor`, or give each parameter one value.",
-                )
-            self._global_facts[merger] = merger.measure(View(self, names, pool))
+            groups.setdefault(self.setting(name).merger, []).append(name)
+        return groups
+
+    def _check_one_setting(self, merger: Merger, names: Sequence[str]) -> None:
+        if len({self.setting(name).each for name in names}) > 1:
+            raise ConfigError(
+                "merge.scope_and_gradient",
+                f"{merger.name} with a global scope has one set of parameters for all tensors.",
+                expected="plain numbers",
+                got="a gradient or filter over tensors",
+                hint="Use `scope: tensor`, or give each parameter one value.",
+            )
 
     def facts(self, name: str, pool: Pool) -> Any:
         """What the merger must know about tensor `name` before its first block."""
@@ -183,7 +212,10 @@ class Job:
         return max((self._whole(name) for name in self.names), default=0)
 
     def _whole(self, name: str) -> int:
-        return self.size(name) if self.setting(name).merger.cut is Cut.WHOLE else 0
+        return self.size(name) if self._cut(name) is Cut.WHOLE else 0
+
+    def _cut(self, name: str) -> Cut:
+        return self.setting(name).merger.cut_for(name, self._shapes[name])
 
 
 class _Room:

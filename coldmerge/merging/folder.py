@@ -18,7 +18,7 @@ from coldmerge.core.files import CHUNK_BYTES
 from coldmerge.core.header import Described
 from coldmerge.core.progress import Advance, Counter, Progress, silent
 from coldmerge.core.vector_writer import Planned
-from coldmerge.merging.engine import Job
+from coldmerge.merging.engine import Job, in_order
 from coldmerge.merging.merger import Merger
 from coldmerge.merging.pool import Pool
 from coldmerge.merging.recipe import Recipe, uniform
@@ -59,10 +59,11 @@ def merge(
             type(recipe), recipe.model_dump(by_alias=True), [i.weight for i in ordered]
         )
     shapes = {n: spec.shape for n, spec in base.tensors.items() if spec.dtype in FLOATS}
-    job = Job(base, shapes, inputs, recipe)
-    common_base([item.source for item in job.inputs])
-    for item in job.inputs:
+    common_base([item.source for item in in_order(inputs)])
+    for item in inputs:
         check_fits(base, item.source)
+    job = Job(base, shapes, inputs, recipe)
+    job.check_statistics()
     planned = [
         Planned(name, dtype if dtype and name in shapes else spec.dtype, spec.shape)
         for name, spec in base.tensors.items()

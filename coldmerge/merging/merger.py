@@ -95,6 +95,10 @@ class Merger(BaseModel, ABC):
         """Statistics that every input must ship: of `fisher`, `gram`, `trim`."""
         return frozenset()
 
+    def cut_for(self, name: str, shape: tuple[int, ...]) -> Cut:
+        """How one tensor may be cut, where not all are cut as `cut` says."""
+        return self.cut
+
     def check_inputs(self, count: int) -> None:
         """Check that the method can merge `count` inputs; a base that is the origin is none.
 

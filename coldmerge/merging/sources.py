@@ -53,3 +53,9 @@ class Input:
 
     def __str__(self) -> str:
         return self.label or self.key[:12]
+
+
+def ships(item: Input, name: str, kind: str) -> bool:
+    """Whether an input carries the statistic `kind` of tensor `name`."""
+    source = item.source
+    return hasattr(source, "has_statistic") and bool(source.has_statistic(name, kind))

@@ -43,9 +43,13 @@ class Spectral(Merger):
         description="Patterns of names of matrices that get the mean, as vectors do.",
     )
 
+    def cut_for(self, name: str, shape: tuple[int, ...]) -> Cut:
+        """Whole, if singular values are looked at; the mean may be cut anywhere."""
+        return Cut.WHOLE if self._is_map(name, shape) else Cut.ELEMENTS
+
     def merge(self, block: Block, facts: Any) -> Floats64:
-        """The merged delta of one tensor, which must be whole."""
-        if self._is_map(block):
+        """The merged delta of one matrix, or of a part of another tensor."""
+        if self._is_map(block.name, block.tensor_shape):
             with single_blas_thread():
                 merged = self.merge_matrix(block, block.tensor_shape)
         else:
@@ -57,9 +61,9 @@ class Spectral(Merger):
     def merge_matrix(self, block: Block, shape: tuple[int, ...]) -> Floats64:
         """The merged delta of a matrix of `shape` (m, n), before λ: an array of its own."""
 
-    def _is_map(self, block: Block) -> bool:
-        excepted = any(fnmatchcase(block.name, pattern) for pattern in self.mean_for)
-        return len(block.tensor_shape) == 2 and block.size > 0 and not excepted
+    def _is_map(self, name: str, shape: tuple[int, ...]) -> bool:
+        excepted = any(fnmatchcase(name, pattern) for pattern in self.mean_for)
+        return len(shape) == 2 and not excepted
 
 
 def flattened(left: Floats64, values: Floats64, right: Floats64) -> Floats64:

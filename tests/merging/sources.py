@@ -38,6 +38,7 @@ class ArrayDelta(ArraySource):
 
     def __init__(self, tensors: Tensors, statistics: Mapping[str, Tensors] | None = None) -> None:
         super().__init__(tensors)
+        self.statistics: dict[str, float] = {}
         self._statistics = {
             (name, kind): np.array(x, np.float32)
             for kind, found in (statistics or {}).items()

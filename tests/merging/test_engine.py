@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import pickle
 import random
 from typing import Any, ClassVar
@@ -54,7 +55,7 @@ def test_the_mean_is_that_of_torch_to_the_last_bit_in_any_order_and_block(
     total = torch.zeros(23, dtype=torch.float64)
     for tau, weight in zip(taus, weights, strict=True):
         total = total + torch.from_numpy(tau).double() * weight
-    expected = (torch.from_numpy(base).double() + total / sum(weights)).float()
+    expected = (torch.from_numpy(base).double() + total / math.fsum(weights)).float()
     np.testing.assert_array_equal(found, expected.numpy())
 
 

@@ -40,6 +40,10 @@ class Mats(Merger):
         """What C is."""
         return frozenset({self.statistic})
 
+    def cut_for(self, name: str, shape: tuple[int, ...]) -> Cut:
+        """Whole, if it is solved for; the mean may be cut anywhere."""
+        return Cut.WHOLE if len(shape) == 2 or self.statistic == "fisher" else Cut.ELEMENTS
+
     def merge(self, block: Block, facts: Any) -> Floats64:
         """The merged delta of one tensor, which must be whole."""
         if self.statistic == "gram" and len(block.tensor_shape) != 2:

@@ -42,6 +42,10 @@ class RegMean(Merger):
         """Gram matrices of the inputs of linear layers."""
         return frozenset({"gram"})
 
+    def cut_for(self, name: str, shape: tuple[int, ...]) -> Cut:
+        """Whole, if it is solved for; the mean may be cut anywhere."""
+        return Cut.WHOLE if len(shape) == 2 else Cut.ELEMENTS
+
     def merge(self, block: Block, facts: Any) -> Floats64:
         """The merged delta of one tensor, which must be whole."""
         if len(block.tensor_shape) != 2:

@@ -17,9 +17,9 @@ from coldmerge.core.dtypes import Floats32, Floats64
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.core.extraction import extract
 from coldmerge.core.statistics import Measured, Wanted
-from coldmerge.merging import Input, merge, merger
+from coldmerge.merging import Input, Pool, merge, merger
 from coldmerge.merging.shipped import check_shipped
-from tests.merging.sources import DIGEST, ArrayDelta, job, merged
+from tests.merging.sources import DIGEST, ArrayDelta, Tensors, job, merged
 from tests.support import write_model
 
 quick = settings(max_examples=40, deadline=None)
@@ -102,10 +102,12 @@ def test_where_nobody_cares_it_is_the_mean() -> None:
 
 def test_a_tensor_without_statistics_gets_the_mean() -> None:
     base, taus, _, weights = draw((30, 3, 3))
-    found = run(base, [ArrayDelta({"w": tau}) for tau in taus], weights)
-    mean = merged(
-        "mean", {"w": base}, [{"w": t} for t in taus], {}, [{"weight": w} for w in weights]
-    )
+    each = [{"weight": w} for w in weights]
+    known = {"fisher": {"v": [1.0]}}
+    inputs = [ArrayDelta({"w": tau, "v": [1.0]}, known) for tau in taus]
+    bases: Tensors = {"w": base, "v": np.zeros(1)}
+    found = merged("fisher", bases, inputs, {}, each)["w"]
+    mean = merged("mean", {"w": base}, [{"w": t} for t in taus], {}, each)
     np.testing.assert_array_equal(found, mean["w"])
 
 
@@ -119,11 +121,17 @@ def test_an_input_has_a_say_where_it_changes_a_tensor_or_ships_its_diagonal() ->
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean", "mats"])
-def test_an_input_without_the_statistic_that_another_ships_is_refused(method: str) -> None:
+def test_where_an_input_lacks_the_statistic_the_tensor_gets_the_mean(method: str) -> None:
+    """One contributor of a round cannot stop the others so; a plan is refused beforehand."""
     kind = "fisher" if method == "fisher" else "gram"
     first = ArrayDelta({"w": np.eye(2)}, {kind: {"w": np.eye(2)}})
+    work = job(method, {"w": np.eye(2)}, [first, ArrayDelta({"w": 3 * np.eye(2)})])
+    with Pool(1) as pool:
+        work.survey(pool)
+        found = np.concatenate(list(work.tensor_in_order("w", pool)))
+    np.testing.assert_array_equal(found.reshape(2, 2), 3 * np.eye(2))
     with pytest.raises(ColdmergeError) as caught:
-        merged(method, {"w": np.eye(2)}, [first, ArrayDelta({"w": np.eye(2)})])
+        work.check_statistics()
     assert caught.value.code == "merge.statistic_missing"
     assert caught.value.ids["input"] == "001"
     assert "w" in caught.value.message

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from coldmerge.core.dtypes import Floats32
 from coldmerge.core.errors import ColdmergeError
 from tests.merging.oracles import cases, check, ours
-from tests.merging.sources import ArrayDelta, merged
+from tests.merging.sources import ArrayDelta, job, merged
 from tests.merging.sparse import Mask, Problem, problem, problems, quick
 from tests.merging.sparse import check as check_steps
 
@@ -112,9 +112,11 @@ def test_an_input_that_ships_no_threshold_is_named() -> None:
     other = ArrayDelta({"w": np.ones(3)}, {"trim": {"w": [1.0]}})
     base = {"w": np.zeros(3), "v": np.zeros(2)}
     with pytest.raises(ColdmergeError) as caught:
-        merged("ties", base, [other, partly], {"thresholds": "shipped"}, keys=["a", "b"])
+        job(
+            "ties", base, [other, partly], {"thresholds": "shipped"}, keys=["a", "b"]
+        ).check_statistics()
     assert caught.value.code == "merge.statistic_missing"
-    assert "Input b changes tensor v" in str(caught.value)
+    assert "b changes v and ships no trim" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -132,3 +134,17 @@ def test_parameters_out_of_range_are_refused(
     with pytest.raises(ColdmergeError) as caught:
         merged("ties", {"w": np.zeros(1)}, [{"w": np.ones(1)}], parameters, [each])
     assert caught.value.code == "merge.bad_parameter"
+
+
+def test_thresholds_found_at_another_density_are_refused() -> None:
+    delta = ArrayDelta({"w": np.ones(3)}, {"trim": {"w": [1.0]}})
+    delta.statistics = {"trim": 0.5}
+    each = [{"density": 0.2}]
+    work = job("ties", {"w": np.zeros(3)}, [delta], {"thresholds": "shipped"}, each)
+    with pytest.raises(ColdmergeError) as caught:
+        work.check_statistics()
+    assert caught.value.code == "merge.other_density"
+    assert (caught.value.expected, caught.value.got) == ("0.2", "0.5")
+    job(
+        "ties", {"w": np.zeros(3)}, [delta], {"thresholds": "shipped"}, [{"density": 0.5}]
+    ).check_statistics()
