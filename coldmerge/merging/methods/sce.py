@@ -26,7 +26,7 @@ NOTHING = np.float32(np.inf)
 
 
 class Known(NamedTuple):
-    """The smallest variance that is selected, 0 where everything is, and the weights (N,)."""
+    """The smallest N²·variance that is selected, 0 where everything is, and weights (N,)."""
 
     variance: np.float32
     weights: Floats32
@@ -124,9 +124,10 @@ def _variance(block: Block) -> Floats32:
 
 
 def _variance_of(stack: Floats32) -> Floats32:
-    """The inputs' population variance at each entry; exactly 0 where all are equal.
+    """N² times the inputs' population variance at each entry; exactly 0 where all are equal.
 
-    In float32, about the first input so that what they have in common costs no digits.
+    N Σd² − (Σd)² of the distances to the first input: what the inputs have in common costs
+    no digits, and on a lattice nothing is rounded, so that ties are ties in any order.
     """
     total, squares, room = np.zeros((3, stack.shape[1]), np.float32)
     for row in stack[1:]:
@@ -134,7 +135,6 @@ def _variance_of(stack: Floats32) -> Floats32:
         total += room
         room *= room
         squares += room
-    total /= np.float32(len(stack))
-    squares /= np.float32(len(stack))
+    squares *= np.float32(len(stack))
     squares -= np.square(total, out=total)
     return np.abs(squares, out=squares)

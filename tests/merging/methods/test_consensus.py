@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coldmerge.core.dtypes import Floats32
 from tests.merging.sources import merged
-from tests.merging.sparse import Problem, problems, quick
+from tests.merging.sparse import Problem, problem, problems, quick
 
 
 def run(of: Problem, parameters: Any, **how: Any) -> Floats32:
@@ -45,3 +45,12 @@ def test_what_one_input_alone_wants_stays_as_in_the_base() -> None:
     of = Problem(np.zeros(3, np.float32), taus, [1.0] * 3, [])
     np.testing.assert_array_equal(run(of, {"lambda": 1.0}), [3, 0, 0])
     np.testing.assert_array_equal(run(of, {"lambda": 1.0, "least_masks": 1}), [3, 1, 0])
+
+
+@quick
+@given(st.integers(1, 11), st.integers(0, 99), st.randoms(use_true_random=False))
+def test_the_order_of_the_inputs_does_not_matter(count: int, seed: int, rng: Any) -> None:
+    of = problem((6, 5), "lattice", count, seed)  # sums of these are exact
+    of = Problem(of.base, of.taus, [1.0] * count, [])
+    shuffled = Problem(of.base, rng.sample(of.taus, count), of.weights, [])
+    np.testing.assert_allclose(run(of, {}), run(shuffled, {}), rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from coldmerge.core.dtypes import Floats32
 from tests.merging.sources import merged
-from tests.merging.sparse import Problem, problems, quick
+from tests.merging.sparse import Problem, problem, problems, quick
 
 
 def run(of: Problem, **how: Any) -> Floats32:
@@ -42,3 +42,12 @@ def test_minus_wins_where_both_sides_balance() -> None:
     tau = np.array([0.25, -0.5], np.float32)
     of = Problem(np.zeros(2, np.float32), [tau, -tau], [1.0, 1.0], [])
     np.testing.assert_array_equal(run(of), [-0.25, -0.5])
+
+
+@quick
+@given(st.integers(1, 11), st.integers(0, 99), st.randoms(use_true_random=False))
+def test_the_order_of_the_inputs_does_not_matter(count: int, seed: int, rng: Any) -> None:
+    of = problem((6, 5), "lattice", count, seed)  # sums of these are exact
+    of = Problem(of.base, of.taus, [1.0] * count, [])
+    shuffled = Problem(of.base, rng.sample(of.taus, count), of.weights, [])
+    np.testing.assert_allclose(run(of), run(shuffled), rtol=1e-5, atol=1e-5)

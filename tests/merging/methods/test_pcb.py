@@ -88,3 +88,12 @@ def test_an_input_that_loses_everywhere_is_left_out_but_for_its_best() -> None:
     tau = rng.uniform(0.5, 1, 40).astype(np.float32)
     of = Problem(np.zeros(40, np.float32), [tau, tau, -tau], [1.0] * 3, [])
     close(run(of, 0.5), of, 0.5)
+
+
+@quick
+@given(st.integers(1, 11), st.integers(0, 99), st.randoms(use_true_random=False))
+def test_the_order_of_the_inputs_does_not_matter(count: int, seed: int, rng: Any) -> None:
+    of = problem((6, 5), "lattice", count, seed)  # sums of these are exact
+    of = Problem(of.base, of.taus, [1.0] * count, [])
+    shuffled = Problem(of.base, rng.sample(of.taus, count), of.weights, [])
+    np.testing.assert_allclose(run(of, 0.5), run(shuffled, 0.5), rtol=1e-5, atol=1e-5)

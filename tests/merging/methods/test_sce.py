@@ -102,3 +102,12 @@ def test_agreeing_weights_below_a_millionth_count_as_a_millionth() -> None:
         taus = [np.array([large, 0], np.float32), np.array([0, 1], np.float32)]
         found = run(Problem(np.zeros(2, np.float32), taus, [], []), 1.0)
         assert found[1] == pytest.approx(expected, rel=1e-4)
+
+
+@quick
+@given(st.integers(1, 11), st.integers(0, 99), st.randoms(use_true_random=False))
+def test_the_order_of_the_inputs_does_not_matter(count: int, seed: int, rng: Any) -> None:
+    of = problem((6, 5), "lattice", count, seed)  # sums of these are exact
+    of = Problem(of.base, of.taus, [1.0] * count, [])
+    shuffled = Problem(of.base, rng.sample(of.taus, count), of.weights, [])
+    np.testing.assert_allclose(run(of, 0.5), run(shuffled, 0.5), rtol=1e-5, atol=1e-5)
