@@ -28,9 +28,6 @@ from coldmerge.merging.sources import Input, Source
 
 R = TypeVar("R")
 
-BLOCK = 2**16
-"""Elements of a block: with its sources it fits the second-level cache of a processor."""
-
 UNIT = 4
 """Blocks that a thread takes at a time."""
 
@@ -41,7 +38,8 @@ ROOM = 2**23
 class Job:
     """One merge: a base, its inputs, and a recipe. It computes; writing is for others.
 
-    `shapes` are those of the base's float tensors.
+    `shapes` are those of the base's float tensors. `block` is the most elements of a block,
+    in place of the merger's own number; no result depends on it.
 
     Raises:
         ConfigError: no input, or one key twice.
@@ -53,7 +51,7 @@ class Job:
         shapes: Mapping[str, tuple[int, ...]],
         inputs: Sequence[Input],
         recipe: Recipe,
-        block: int = BLOCK,
+        block: int | None = None,
     ) -> None:
         self.base, self._shapes, self._recipe = base, shapes, recipe
         self.inputs = in_order(inputs)
@@ -85,11 +83,13 @@ class Job:
     def cuts(self, name: str) -> list[tuple[int, int]]:
         """The ranges [start, stop) that tensor `name` is merged in."""
         shape, cut = self._shapes[name], self._cut(name)
-        if cut is Cut.ELEMENTS:
-            return list(blocks(size(shape), self._block))
-        row = size(shape[1:]) if len(shape) > 1 else size(shape)
-        rows = max(1, self._block // max(1, row))
-        return list(blocks(size(shape), max(1, rows * row if cut is Cut.ROWS else size(shape))))
+        most = self._block or self.setting(name).merger.block
+        if cut is Cut.WHOLE:
+            most = size(shape)
+        elif cut is Cut.ROWS:
+            row = size(shape[1:]) if len(shape) > 1 else size(shape)
+            most = max(1, most // max(1, row)) * row
+        return list(blocks(size(shape), max(1, most)))
 
     def block(self, name: str, start: int, stop: int) -> Block:
         """Elements [start, stop) of every input."""

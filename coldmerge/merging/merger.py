@@ -82,6 +82,8 @@ class Merger(BaseModel, ABC):
     cut: ClassVar[Cut] = Cut.ELEMENTS
     space: ClassVar[Space] = Space.DELTAS
     base_role: ClassVar[BaseRole] = BaseRole.ORIGIN
+    block: ClassVar[int] = 2**16
+    """Elements of a block: what `merge` works on at a time should fit a second-level cache."""
     caution: ClassVar[str] = ""
     """A sentence for whoever lets round after round of one model merge by it; mostly none."""
 

@@ -155,7 +155,7 @@ class Ema(Outer):
         """As `torch.lerp(fast, θ, m)`."""
         del number
         fast = np.add(slots["fast"], tau, dtype=np.float64)
-        moved = fast - theta
+        moved: Floats64 = np.subtract(fast, theta, dtype=np.float64)
         moved *= 1 - self.momentum
         return moved, {"fast": fast}
 

@@ -21,10 +21,10 @@ def bits(seed: int, name: str, key: str, start: int, stop: int) -> Bits:
     """
     digest = hashlib.sha256(f"{seed}\0{name}\0{key}".encode()).digest()
     skip = start % _STEP
-    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=start // _STEP)
-    count = stop - start + skip
-    pairs = generator.random_raw(-(-count // 2)).astype("<u8", copy=False)
-    return pairs.view("<u4")[skip:count]
+    source = np.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=start // _STEP)
+    # `random_raw` gives the same numbers, but holds the interpreter's lock meanwhile
+    drawn = np.random.Generator(source).integers(0, 2**32, stop - start + skip, dtype=np.uint32)
+    return drawn[skip:]
 
 
 def below(probability: npt.ArrayLike) -> npt.NDArray[np.uint32]:

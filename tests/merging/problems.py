@@ -12,7 +12,6 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from coldmerge.core.dtypes import Floats32, Floats64
-from coldmerge.merging.engine import BLOCK
 from tests.merging.sources import merged
 
 KINDS = ("random", "zero", "same", "opposed", "lattice", "absent", "tiny")
@@ -73,10 +72,10 @@ def run(
 ) -> dict[str, Floats32]:
     """The merged weights, which do not depend on threads, and on blocks only in rounding."""
 
-    def once(threads: int, block: int) -> dict[str, Floats32]:
+    def once(threads: int, block: int | None) -> dict[str, Floats32]:
         return merged(method, problem.base, problem.taus, parameters, each, threads, block)
 
-    found = once(1, BLOCK)
+    found = once(1, None)
     small = {threads: once(threads, 7) for threads in (1, 2)}
     for name, values in found.items():
         np.testing.assert_array_equal(small[1][name], small[2][name])

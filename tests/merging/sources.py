@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from coldmerge.core.dtypes import Floats32
 from coldmerge.merging import Input, Job, Pool, merger_class
-from coldmerge.merging.engine import BLOCK
 from coldmerge.merging.recipe import Uniform, checked
 
 DIGEST = "12" * 32
@@ -62,7 +61,7 @@ def job(
     taus: Sequence[Tensors | ArrayDelta],
     parameters: Mapping[str, Any] | None = None,
     each: Sequence[Mapping[str, Any]] | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     keys: Sequence[str] | None = None,
 ) -> Job:
     """A merge of `taus` into `base`; `keys` (default 000, 001, …) must be in sorted order."""
@@ -89,7 +88,7 @@ def merged(
     parameters: Mapping[str, Any] | None = None,
     each: Sequence[Mapping[str, Any]] | None = None,
     threads: int = 1,
-    block: int = BLOCK,
+    block: int | None = None,
     keys: Sequence[str] | None = None,
 ) -> dict[str, Floats32]:
     """The merged weights of every tensor that an input changes, in the tensors' shapes."""

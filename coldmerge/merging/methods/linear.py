@@ -17,6 +17,7 @@ class Linear(Merger):
     """Model soups (arXiv 2203.05482): Σ wᵢθᵢ / Σ wᵢ in float32, as mergekit computes it."""
 
     name: ClassVar[str] = "linear"
+    block: ClassVar[int] = 2**17
     space: ClassVar[Space] = Space.WEIGHTS
     base_role: ClassVar[BaseRole] = BaseRole.INPUT
 

@@ -19,6 +19,7 @@ class Mean(Merger):
     """
 
     name: ClassVar[str] = "mean"
+    block: ClassVar[int] = 2**17
     Each: ClassVar[type[PerInput]] = Share
 
     def merge(self, block: Block, facts: Any) -> Floats64:

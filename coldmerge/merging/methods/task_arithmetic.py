@@ -28,6 +28,7 @@ class TaskArithmetic(Merger):
     """
 
     name: ClassVar[str] = "task_arithmetic"
+    block: ClassVar[int] = 2**17
     Each: ClassVar[type[PerInput]] = Added
 
     normalize: bool = Field(default=False, description="Divide by the sum of the weights.")

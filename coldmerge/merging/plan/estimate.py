@@ -14,7 +14,7 @@ from pathlib import Path
 from coldmerge.core.dtypes import FLOATS, NUMPY, Floats32, from_float32, nbytes, size
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.merging.block import View
-from coldmerge.merging.engine import BLOCK, Job
+from coldmerge.merging.engine import Job
 from coldmerge.merging.merger import Cut, Merger, Space
 from coldmerge.merging.plan.inputs import Opened
 from coldmerge.merging.plan.plan import Plan
@@ -123,7 +123,8 @@ def _bytes_read(opened: Opened, job: Job) -> int:
 def _memory(job: Job, threads: int) -> int:
     """What the process has now, blocks of every input for each thread, and whole tensors."""
     rows = len(job.inputs) + 6
-    return _resident() + 4 * rows * (threads * BLOCK + job.largest_whole)
+    most = max((job.setting(name).merger.block for name in job.names), default=0)
+    return _resident() + 4 * rows * (threads * most + job.largest_whole)
 
 
 def _work(job: Job, name: str) -> int:
