@@ -54,7 +54,7 @@ def method_class(name: str) -> type[Merger]:
 
 def describe(method: type[Merger]) -> Method:
     """What there is to say about a method, with its parameters' defaults."""
-    paper, _, details = inspect.getdoc(method).partition("\n")  # type: ignore[union-attr]
+    paper, _, details = (inspect.getdoc(method) or "").partition("\n")
     plain = method.model_construct()
     return Method(
         name=method.name,
@@ -91,8 +91,13 @@ def _parameters(model: type[Merger] | type[PerInput], per_input: bool) -> list[P
             meaning=field.get("description", ""),
         )
         for word, field in fields.get("properties", {}).items()
-        if field.get("minimum", 0) != field.get("maximum", 1)
+        if not _has_one_value(field)
     ]
+
+
+def _has_one_value(field: dict[str, Any]) -> bool:
+    """Whether there is nothing to choose, as with the weight of an unweighted input."""
+    return "minimum" in field and field["minimum"] == field.get("maximum")
 
 
 def _kind(field: dict[str, Any]) -> str:
