@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from coldmerge.core.adapters import CONFIG, Adapter, Target
+from coldmerge.core.adapters import CONFIG, Adapter
 from coldmerge.core.algebra import Delta, check_fits
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.dtypes import Floats32
 from coldmerge.core.errors import NotFoundError, TaskVectorError
-from coldmerge.core.matching import match_folder, sort_out
+from coldmerge.core.matching import match_adapter, match_folder
 from coldmerge.core.task_vector import Expansion, TaskVector
 
 
@@ -50,13 +50,7 @@ class AdapterDelta:
     def __init__(self, base: Checkpoint, adapter: Adapter, base_digest: str = "") -> None:
         self._base, self._adapter = base, adapter
         self.base_digest = base_digest
-        targets = {target.weight: target for target in adapter.targets.values()}
-        specs = dict(adapter.whole)
-        specs.update({weight: adapter.specs[target.a] for weight, target in targets.items()})
-        found = sort_out(base, specs, adapter.folder, (), deltas=frozenset(targets))
-        self._targets: dict[str, Target] = {
-            name: targets[source] for name, source in found.pairs.items() if source in targets
-        }
+        found, self._targets = match_adapter(base, adapter, ())
         self._whole = {n: s for n, s in found.pairs.items() if n not in self._targets}
         for name, target in self._targets.items():
             adapter.shapes(target, base.shape(name))
@@ -101,10 +95,7 @@ def open_delta(base: Checkpoint, path: Path, base_digest: str = "") -> Delta:
         TaskVectorError: it does not fit the base.
     """
     if path.is_file():
-        vector = TaskVector.open(path)
-        check_base(vector, base_digest)
-        check_fits(base, vector)
-        return vector
+        return open_vector(base, path, base_digest)
     if not path.is_dir():
         raise NotFoundError(
             "weights.not_found",
@@ -118,17 +109,14 @@ def open_delta(base: Checkpoint, path: Path, base_digest: str = "") -> Delta:
     return Tuned(base, model, match_folder(base, model, ()).pairs, base_digest)
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a folder is a PEFT adapter and not a model."""
-    return (path / CONFIG).is_file()
-
-
-def check_base(vector: TaskVector, base_digest: str) -> None:
-    """Check that a task vector starts from the release with this digest, if one is given.
+def open_vector(base: Checkpoint, path: Path, base_digest: str = "") -> TaskVector:
+    """The task vector file at `path`; with a `base_digest`, one of that release only.
 
     Raises:
-        TaskVectorError: it starts from another.
+        CheckpointError: it cannot be read.
+        TaskVectorError: it starts from another release, or does not fit `base`.
     """
+    vector = TaskVector.open(path)
     if base_digest and vector.base_digest != base_digest:
         raise TaskVectorError(
             "task_vector.other_base",
@@ -138,3 +126,10 @@ def check_base(vector: TaskVector, base_digest: str) -> None:
             hint="Give the very folder it was extracted against, with its tokenizer files.",
             path=vector.path,
         )
+    check_fits(base, vector)
+    return vector
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is a PEFT adapter and not a model."""
+    return (path / CONFIG).is_file()

@@ -17,9 +17,9 @@ import numpy as np
 from coldmerge.core.adapters import CONFIG, Adapter, Target
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.documents import Statistic, TensorEntry
-from coldmerge.core.dtypes import Floats32, blocks, from_float32, size, to_float32
+from coldmerge.core.dtypes import Floats32, blocks, size
 from coldmerge.core.errors import TaskVectorError
-from coldmerge.core.matching import Matching, match_folder, sort_out
+from coldmerge.core.matching import Matching, match_adapter, match_folder
 from coldmerge.core.names import split_key
 from coldmerge.core.progress import Advance
 from coldmerge.core.selection import kept, kth_magnitude
@@ -100,11 +100,10 @@ def extract(
         model = Checkpoint.open(tuned)
         read, matching = model.block, match_folder(base, model, private)
     else:
-        read, targets = adapter.values, {t.weight: t for t in adapter.targets.values()}
-        specs = {**adapter.whole, **{name: adapter.specs[t.a] for name, t in targets.items()}}
-        matching = sort_out(base, specs, tuned, private, deltas=frozenset(targets))
+        read = adapter.values
+        matching, targets = match_adapter(base, adapter, private)
     jobs = [
-        _Job(name, base.shape(name), source, targets.get(source))
+        _Job(name, base.shape(name), source, targets.get(name))
         for name, source in matching.pairs.items()
     ]
     _check_names(jobs, statistics)
@@ -212,7 +211,7 @@ class _Work:
         """Append one full delta, and note the sum of the squares of what was stored."""
         total = 0.0
         for delta in _deltas(self._base, self._read, job):
-            stored = to_float32(from_float32(delta, self._writer.dtype))
+            stored = self._writer.as_stored(delta)
             square = sum_of_squares(stored)
             _check_finite(square, job)
             total += square
@@ -255,7 +254,7 @@ class _Work:
     def _product(self, job: _Job) -> Callable[[int, int], Floats32]:
         """A reader of s·B@A, from the factors as they are stored."""
         factors = self._factors.pop(job.name)
-        a, b = (to_float32(from_float32(factor, self._writer.dtype)) for factor in factors)
+        a, b = map(self._writer.as_stored, factors)
         flat, scaling = b.reshape(-1), job.target.scaling if job.target else 1.0
         return Expansion(a.reshape(len(a), -1), lambda i, j: flat[i:j], len(b), scaling).block
 

@@ -18,15 +18,7 @@ from coldmerge.core.adapter_writer import is_embedding
 from coldmerge.core.algebra import Delta
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.comparison import not_finite
-from coldmerge.core.dtypes import (
-    FLOATS,
-    Floats32,
-    Floats64,
-    blocks,
-    from_float32,
-    size,
-    to_float32,
-)
+from coldmerge.core.dtypes import FLOATS, Floats32, Floats64, blocks, size
 from coldmerge.core.errors import ConfigError, TaskVectorError
 from coldmerge.core.names import private_pattern
 from coldmerge.core.progress import Advance
@@ -224,7 +216,7 @@ def _factor_one(
         return Factored(name, 0, 0.0, 0.0)
     scaling = choice.scaling(shape)
     stored = [
-        to_float32(from_float32((factor / math.sqrt(scaling)).astype(np.float32), writer.dtype))
+        writer.as_stored((factor / math.sqrt(scaling)).astype(np.float32))
         for factor in factors(matrix, choice.rank_of(shape))
     ]
     for values, (key, extents) in zip(stored, _stored(name, shape, choice), strict=True):

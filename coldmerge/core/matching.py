@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coldmerge.core.adapters import Adapter, Target
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.digests import tensor_digest
 from coldmerge.core.dtypes import FLOATS, NUMPY
@@ -51,6 +52,22 @@ def match_folder(base: Checkpoint, tuned: Checkpoint, private: Sequence[str]) ->
         tuple((name, reason) for name, reason in found.kept_home if name not in aliases),
         tuple(name for name in found.missing if name not in pairs),
     )
+
+
+def match_adapter(
+    base: Checkpoint, adapter: Adapter, private: Sequence[str]
+) -> tuple[Matching, dict[str, Target]]:
+    """Match an adapter folder, and give the LoRA target of each release tensor that has one.
+
+    Raises:
+        TaskVectorError: as `sort_out`.
+    """
+    targets = {target.weight: target for target in adapter.targets.values()}
+    specs = dict(adapter.whole)
+    specs.update({weight: adapter.specs[target.a] for weight, target in targets.items()})
+    found = sort_out(base, specs, adapter.folder, private, deltas=frozenset(targets))
+    pairs = found.pairs.items()
+    return found, {name: targets[source] for name, source in pairs if source in targets}
 
 
 def sort_out(

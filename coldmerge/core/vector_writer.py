@@ -84,6 +84,10 @@ class VectorWriter:
         self._reader = PositionalFile(self._partial)
         return self
 
+    def as_stored(self, values: Floats32) -> Floats32:
+        """What a reader of the file will see of `values`, of the same shape."""
+        return to_float32(from_float32(values, self.dtype))
+
     def append(self, values: Floats32) -> None:
         """Append elements to the current tensor, encoded."""
         self._append(as_bytes(from_float32(values, self.dtype)))

@@ -21,7 +21,7 @@ from coldmerge.core.adapter_writer import check_free, write_adapter
 from coldmerge.core.algebra import check_fits, common_base, round_once
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.comparison import not_finite
-from coldmerge.core.dtypes import Floats32, Floats64, from_float32, size, to_float32
+from coldmerge.core.dtypes import Floats64, size
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.low_rank import Factored
 from coldmerge.core.progress import Counter, Progress, silent
@@ -224,7 +224,7 @@ class _Writing:
         a, b = exact if rank == len(exact[0]) else truncated(exact, rank)
         scaling = self._alpha / rank
         a = a if scaling == 1 else a / scaling
-        kept = [_as_stored(name, factor, writer) for factor in (a, b)]
+        kept = [writer.as_stored(round_once(name, factor)) for factor in (a, b)]
         for values, (key, shape) in zip(kept, self._stored(name), strict=True):
             writer.append(values.reshape(-1))
             writer.keep(key, shape)
@@ -254,11 +254,6 @@ def _norm(factors: Pair) -> float:
     """‖BA‖ in the Frobenius norm, from the triangles of B and Aᵀ."""
     inner, outer = (np.linalg.qr(factor).R for factor in (factors[1], factors[0].T))
     return float(np.linalg.norm(inner @ outer.T))
-
-
-def _as_stored(name: str, factor: Floats64, writer: VectorWriter) -> Floats32:
-    """The values that a reader of the file will see."""
-    return to_float32(from_float32(round_once(name, factor), writer.dtype))
 
 
 def _vector(item: Input) -> TaskVector:

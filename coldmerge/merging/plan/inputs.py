@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Self
 
 from coldmerge.core.adapters import CONFIG
-from coldmerge.core.algebra import Delta, check_fits
+from coldmerge.core.algebra import Delta
 from coldmerge.core.checkpoint import Checkpoint, read_json
-from coldmerge.core.deltas import check_base, is_adapter
+from coldmerge.core.deltas import is_adapter, open_vector
 from coldmerge.core.digests import content_entries
 from coldmerge.core.errors import CheckpointError, ConfigError, TaskVectorError
 from coldmerge.core.extraction import extract
@@ -89,10 +89,12 @@ class Opened:
         self._check_chosen(chosen)
         self.places = tuple(i for i, _, _ in chosen)
         self.folders = [place.path for _, _, place in chosen if place.path.is_dir()]
-        self.inputs = tuple(
-            Input(f"{number:06d}", self._source(named, place), label=named.name)
-            for number, (_, named, place) in enumerate(chosen)
-        )
+        inputs = []
+        for number, (_, named, place) in enumerate(chosen):
+            with _told_where(named):
+                source = self._source(named, place)
+            inputs.append(Input(f"{number:06d}", source, label=named.name))
+        self.inputs = tuple(inputs)
 
     def _first_folder(self, found: Sequence[Place]) -> Place:
         """What stands for the base where a method needs none: the first model folder."""
@@ -157,20 +159,8 @@ class Opened:
         return self._folders[path]
 
     def _source(self, named: Named, place: Place) -> Delta:
-        """An input.
-
-        Raises:
-            TaskVectorError: it does not fit the base; with the line.
-        """
-        with _told_where(named):
-            return self._opened(named, place)
-
-    def _opened(self, named: Named, place: Place) -> Delta:
         if place.path.is_file():
-            vector = TaskVector.open(place.path)
-            check_base(vector, self._digest)
-            check_fits(self.base, vector)
-            return vector
+            return open_vector(self.base, place.path, self._digest)
         if is_adapter(place.path):
             return self._adapter(named, self.base, place.path)
         if place.adapter and place.path == self._base_place.path:
