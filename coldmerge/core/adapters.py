@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +137,17 @@ class Adapter:
                 folder=self.folder,
             )
         (a, embedding), (b, _) = pair["A"], pair["B"]
-        ranks = _by_pattern(self.config, "rank_pattern", module, "r")
-        alphas = _by_pattern(self.config, "alpha_pattern", module, "lora_alpha")
+        try:
+            ranks = _by_pattern(self.config, "rank_pattern", module, "r")
+            alphas = _by_pattern(self.config, "alpha_pattern", module, "lora_alpha")
+        except ValueError as error:
+            raise TaskVectorError(
+                "adapter.bad_config",
+                f"{CONFIG} cannot be used: {error}.",
+                expected='tables such as {"q_proj": 8}',
+                hint="Save the adapter again with `save_pretrained`.",
+                folder=self.folder,
+            ) from error
         rank = next(iter(self.specs[a].shape), 0)
         if rank not in ranks:
             raise TaskVectorError(
@@ -162,10 +172,26 @@ class Adapter:
 
 
 def _by_pattern(config: dict[str, Any], patterns: str, module: str, default: str) -> list[Any]:
-    """Values of the patterns that match a suffix of the module name, by PEFT's rule."""
-    table = (config.get(patterns) or {}).items()
-    found = [value for pattern, value in table if re.match(rf"(.*\.)?({pattern})$", module)]
+    """Values of the patterns that match a suffix of the module name, by PEFT's rule.
+
+    Raises:
+        ValueError: they are not a table of regular expressions and positive numbers.
+    """
+    table = config.get(patterns) or {}
+    if not isinstance(table, dict) or not all(map(_positive, table.values())):
+        raise ValueError(f"{patterns} is not a table of positive numbers")
+    try:
+        found = [v for pattern, v in table.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+    except re.error as error:
+        raise ValueError(f"{patterns} has a pattern that is not one: {error}") from error
     return found or [config[default]]
+
+
+def _positive(value: object) -> bool:
+    """Whether a value of the configuration is a positive number that a float holds."""
+    if not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def _check_supported(config: dict[str, Any], folder: Path) -> None:
@@ -178,8 +204,8 @@ def _check_supported(config: dict[str, Any], folder: Path) -> None:
     if init not in _PLAIN_INITS:
         found.append(f"init_lora_weights={init!r}")
     numbers = [config.get("r"), config.get("lora_alpha")]
-    if not all(isinstance(value, int | float) and value > 0 for value in numbers):
-        found.append(f"r={numbers[0]!r}, lora_alpha={numbers[1]!r}")
+    if not all(map(_positive, numbers)):
+        found.append(f"r={numbers[0]!r:.40}, lora_alpha={numbers[1]!r:.40}")
     if found:
         raise TaskVectorError(
             "adapter.unsupported",

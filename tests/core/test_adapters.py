@@ -257,6 +257,8 @@ def test_the_hand_made_adapter_is_sound(plain: tuple[Checkpoint, Path]) -> None:
         {"r": 0},
         {"r": None},
         {"lora_alpha": "x"},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": math.inf},
     ],
 )
 def test_kinds_that_are_not_plain_lora_are_refused(
@@ -295,6 +297,27 @@ def test_weights_that_do_not_fit_are_refused(
         run(base, folder)
     assert caught.value.code == code
     assert not list(folder.parent.glob("v.safetensors*"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank_pattern": ["m"]},
+        {"rank_pattern": {"(": 2}},
+        {"alpha_pattern": {"m": "x"}},
+        {"alpha_pattern": {"m": [1]}},
+        {"alpha_pattern": {"m": 10**400}},
+    ],
+)
+def test_patterns_that_are_none_are_refused(
+    plain: tuple[Checkpoint, Path], changes: dict[str, Any]
+) -> None:
+    base, folder = plain
+    configure(folder, **changes)
+    with pytest.raises(ColdmergeError) as caught:
+        run(base, folder)
+    assert caught.value.code == "adapter.bad_config"
+    assert next(iter(changes)) in caught.value.message
 
 
 def test_an_alpha_that_cannot_be_known_is_refused(plain: tuple[Checkpoint, Path]) -> None:
