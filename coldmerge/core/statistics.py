@@ -14,7 +14,7 @@ made of, {"fisher": examples, "gram": tokens}. Thresholds are computed by the ex
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,8 @@ def counted(found: Mapping[str, Any], kind: str) -> float:
     """
     value: Any = found.get(kind)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{kind} is {value!r}")
+    if not number or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{kind} is {value!r:.40}")
     return float(value)
 
 

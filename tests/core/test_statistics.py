@@ -297,3 +297,26 @@ def test_threads_read_one_vector_at_once(save: Save, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("key", ["statistics", "scaling"])
+def test_numbers_that_no_float_holds_are_refused(tmp_path: Path, key: str) -> None:
+    text = '{"trim":' + "9" * 400 + "}"
+    header = json.dumps(
+        {
+            "__metadata__": {
+                "coldmerge.kind": "full",
+                "coldmerge.encoding": "fp32",
+                "coldmerge.base_digest": DIGEST,
+                "coldmerge.scaling": "{}",
+                f"coldmerge.{key}": text,
+            },
+            "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        }
+    ).encode()
+    path = tmp_path / "v.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(TaskVectorError) as caught:
+        TaskVector.open(path)
+    expected = {"statistics": "task_vector.bad_statistics", "scaling": "task_vector.not_one"}
+    assert caught.value.code == expected[key]
