@@ -121,13 +121,23 @@ class Block:
 
         `fisher` gives this block's elements, shape (size,); `gram` the whole (in, in)
         matrix; `trim` one value, shape (1,).
+
+        Raises:
+            TaskVectorError: a value is NaN or infinite.
         """
         source = cast(Statistics, self._inputs[i].source)
-        if kind == "fisher":
-            return source.statistic(self.name, kind, self.start, self.stop)
         side = self.tensor_shape[-1] if kind == "gram" else 1
-        whole = source.statistic(self.name, kind, 0, side * side)
-        return whole.reshape(side, side) if kind == "gram" else whole
+        place = (self.start, self.stop) if kind == "fisher" else (0, side * side)
+        found = source.statistic(self.name, kind, *place)
+        if not np.isfinite(found).all():
+            raise TaskVectorError(
+                "merge.statistic_not_finite",
+                f"The {kind} of tensor {self.name} of {self.label(i)} holds NaN or infinity.",
+                expected="finite values",
+                hint="Leave that input out, or let its contributor measure again.",
+                tensor=self.name,
+            )
+        return found.reshape(side, side) if kind == "gram" else found
 
     def _not_finite(self, i: int) -> TaskVectorError:
         return TaskVectorError(

@@ -148,3 +148,11 @@ def test_thresholds_found_at_another_density_are_refused() -> None:
     job(
         "ties", {"w": np.zeros(3)}, [delta], {"thresholds": "shipped"}, [{"density": 0.5}]
     ).check_statistics()
+
+
+@pytest.mark.parametrize("threshold", [np.nan, np.inf])
+def test_a_shipped_threshold_that_is_no_number_is_refused(threshold: float) -> None:
+    shipped = ArrayDelta({"w": np.ones(3)}, {"trim": {"w": [threshold]}})
+    with pytest.raises(ColdmergeError) as caught:
+        merged("ties", {"w": np.zeros(3)}, [shipped], {"thresholds": "shipped"})
+    assert caught.value.code == "merge.statistic_not_finite"
