@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from coldmerge.core.dtypes import Floats64
+from coldmerge.core.errors import TaskVectorError
 from coldmerge.merging.block import Block
 from coldmerge.merging.linalg import single_blas_thread, weighted_mean
 from coldmerge.merging.merger import Cut, Merger, PerInput, Share
@@ -47,7 +48,11 @@ class RegMean(Merger):
         return Cut.WHOLE if len(shape) == 2 else Cut.ELEMENTS
 
     def merge(self, block: Block, facts: Any) -> Floats64:
-        """The merged delta of one tensor, which must be whole."""
+        """The merged delta of one tensor, which must be whole.
+
+        Raises:
+            TaskVectorError: ΣG is singular, in spite of the ridge.
+        """
         if len(block.tensor_shape) != 2:
             return weighted_mean(block)
         with single_blas_thread():
@@ -72,4 +77,14 @@ class RegMean(Merger):
         pull[pull <= 0] = 1.0  # no data in this direction: it is the mean, whatever the pull
         grams[np.diag_indices(width)] += pull
         answers += mean * (pull / weights)
-        return np.linalg.solve(grams, answers.T).astype(np.float64, copy=False).T.reshape(-1)
+        try:
+            solution = np.linalg.solve(grams, answers.T)
+        except np.linalg.LinAlgError as error:
+            raise TaskVectorError(
+                "merge.singular_gram",
+                f"The Gram matrices of tensor {block.name} add up to a singular matrix.",
+                expected="a sum that can be solved for",
+                hint="Raise `ridge`, or leave out the input whose Gram matrix is not one.",
+                tensor=block.name,
+            ) from error
+        return solution.astype(np.float64, copy=False).T.reshape(-1)

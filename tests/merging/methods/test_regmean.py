@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coldmerge.core.dtypes import Floats32, Floats64
+from coldmerge.core.errors import TaskVectorError
 from tests.merging.sources import ArrayDelta, merged
 
 quick = settings(max_examples=40, deadline=None)
@@ -126,3 +127,10 @@ def test_the_order_of_the_inputs_does_not_matter() -> None:
     layer.taus, layer.grams = layer.taus[::-1], layer.grams[::-1]
     layer.weights.reverse()
     np.testing.assert_allclose(layer.run(), one, rtol=0, atol=2e-6)
+
+
+def test_what_adds_up_to_a_singular_matrix_is_said_to() -> None:
+    indefinite = ArrayDelta({"w": np.ones((2, 2))}, {"gram": {"w": [[1.0, 1.0], [1.0, 1.0]]}})
+    with pytest.raises(TaskVectorError) as caught:
+        merged("regmean", {"w": np.zeros((2, 2))}, [indefinite], {"reduce": 1, "ridge": 1e-300})
+    assert caught.value.code == "merge.singular_gram"
