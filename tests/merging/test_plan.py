@@ -178,3 +178,15 @@ def test_no_damage_to_a_plan_is_anything_but_an_error_of_its_own(data: st.DataOb
             check_words(load(path))
         except ConfigError as error:
             assert error.hint  # noqa: PT017 - either is fine, any other error is not
+
+
+def test_aliases_that_stand_for_millions_of_values_are_refused(tmp_path: Path) -> None:
+    rows = ["    - {filter: a, value: &v0 [{filter: a, value: 1}, {filter: b, value: 1}]}"]
+    for number in range(1, 6):
+        again = ", ".join(f"{{filter: a, value: *v{number - 1}}}" for _ in range(20))
+        rows.append(f"    - {{filter: a, value: &v{number} [{again}]}}")
+    text = "merge_method: linear\nmodels: [{model: a}]\nparameters:\n  weight:\n"
+    with pytest.raises(ConfigError) as caught:
+        load(write_plan(tmp_path, text + "\n".join(rows) + "\n"))
+    assert caught.value.code == "plan.too_large"
+    assert "plan.yaml, line" in caught.value.message

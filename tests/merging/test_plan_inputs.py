@@ -314,3 +314,8 @@ def test_inputs_travel_to_other_processes(tmp_path: Path, base: Path) -> None:
         for item in opened.inputs:
             there = pickle.loads(pickle.dumps(item.source))  # noqa: S301 - our own bytes
             np.testing.assert_array_equal(there.block(Q0, 3, 30), item.source.block(Q0, 3, 30))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~no-such-user-here/model"])
+def test_names_that_no_file_can_have_are_not_found(tmp_path: Path, base: Path, name: str) -> None:
+    assert refused(tmp_path, plan_text(name)).code == "plan.model_not_found"

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.errors import CheckpointError
 from coldmerge.merging.plan import Opened, load
-from coldmerge.merging.plan.vocabulary import Recoded, rows_of
+from coldmerge.merging.plan.vocabulary import Recoded, rows_of, tokens
 from tests.merging.models import WORDS, llama, stored, tensors, write_plan
 from tests.merging.plans import merged, plan_text, refused
 
@@ -90,6 +91,36 @@ def test_a_vocabulary_that_is_not_there_cannot_be_matched(tmp_path: Path, base: 
     folder, _ = reordered(tmp_path)
     (folder / "tokenizer.json").unlink()
     assert refused(tmp_path, plan_text("other"), by_token=True).code == "plan.no_vocabulary"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": {"vocab": "abc"}},
+        {"model": {"vocab": [1, 2]}},
+        {"added_tokens": [1]},
+        {"added_tokens": [{"content": [1], "id": 2}]},
+    ],
+)
+def test_a_damaged_vocabulary_is_refused(
+    tmp_path: Path, base: Path, body: dict[str, object]
+) -> None:
+    folder, _ = reordered(tmp_path)
+    (folder / "tokenizer.json").write_text(json.dumps(body))
+    error = refused(tmp_path, plan_text("other"), by_token=True)
+    assert (error.code, "checkpoint.bad_tokenizer" in error.message) == (
+        "plan.unusable_model",
+        True,
+    )
+
+
+def test_a_line_of_a_vocabulary_ends_where_the_line_does_and_nowhere_else(tmp_path: Path) -> None:
+    words = ["a", "b\u2028c", "d\x85", "e"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
+    assert tokens(tmp_path) == {word: row for row, word in enumerate(words)}
+    (tmp_path / "vocab.txt").write_bytes(b"\xff\n")
+    with pytest.raises(CheckpointError, match="bad_tokenizer"):
+        tokens(tmp_path)
 
 
 def test_the_vocabulary_of_another_model_than_the_base_is_refused(

@@ -14,6 +14,8 @@ from coldmerge.core.errors import ConfigError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 16
+MAX_VALUES = 2**17
+"""Aliases counted as often as they stand there: a few bytes can stand for billions of values."""
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NAMES = {dict: "a mapping", list: "a list", str: "a text", type(None): "nothing"}
@@ -170,11 +172,16 @@ def _compose(text: str, file: str) -> Node:
 class _Converter:
     def __init__(self, file: str) -> None:
         self._file = file
-        self._done: dict[int, Node] = {}
+        self._done: dict[int, tuple[Node, int]] = {}
+        self._count = 0
         self._scalars = yaml.constructor.SafeConstructor()
 
     def node(self, raw: Any, depth: int) -> Node:
-        if id(raw) not in self._done:
+        if id(raw) in self._done:
+            self._add(self._done[id(raw)][1], raw)
+        else:
+            before = self._count
+            self._add(1, raw)
             if depth > MAX_DEPTH:
                 where = self._where(raw)
                 raise ConfigError(
@@ -184,8 +191,20 @@ class _Converter:
                     hint="A plan needs six; look for an alias that contains itself.",
                     at=where,
                 )
-            self._done[id(raw)] = self._convert(raw, depth)
-        return self._done[id(raw)]
+            self._done[id(raw)] = self._convert(raw, depth), self._count - before
+        return self._done[id(raw)][0]
+
+    def _add(self, values: int, raw: Any) -> None:
+        self._count += values
+        if self._count > MAX_VALUES:
+            where = self._where(raw)
+            raise ConfigError(
+                "plan.too_large",
+                f"{where}: the plan has too many values.",
+                expected=f"at most {MAX_VALUES}, aliases counted as often as they stand there",
+                hint="Write patterns with filters instead of one value for each tensor.",
+                at=where,
+            )
 
     def _convert(self, raw: Any, depth: int) -> Node:
         where = self._where(raw)

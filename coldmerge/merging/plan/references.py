@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def resolve(model: Named, plan_folder: Path, models: Path | None = None) -> Plac
 
 def candidates(name: str, plan_folder: Path, models: Path | None) -> Iterator[Path]:
     """The paths that `name` may stand for, in order, each once."""
-    path = Path(name).expanduser()
+    path = Path(name)
+    with suppress(RuntimeError):  # there is no such user: the name may have a tilde of its own
+        path = path.expanduser()
     paths = [plan_folder / path, Path.cwd() / path]
     if models is not None and not path.is_absolute():
         paths += [models / path, models / path.name]
@@ -62,8 +65,9 @@ def candidates(name: str, plan_folder: Path, models: Path | None) -> Iterator[Pa
 
 def _find(name: str, plan_folder: Path, models: Path | None) -> Path | None:
     for path in candidates(name, plan_folder, models):
-        if path.exists():
-            return path.resolve()
+        with suppress(OSError):  # a name too long for the system
+            if path.exists():
+                return path.resolve()
     return _cached(name) if _is_hub(name) else None
 
 

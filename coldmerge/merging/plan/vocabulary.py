@@ -118,13 +118,27 @@ def tokens(folder: Path) -> dict[str, int] | None:
     Raises:
         CheckpointError: the file is damaged.
     """
+    try:
+        return _tokens(folder)
+    except (TypeError, AttributeError, IndexError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            "checkpoint.bad_tokenizer",
+            f"The vocabulary of a model cannot be read: {error}.",
+            expected="a tokenizer.json, vocab.json or vocab.txt as `save_pretrained` writes it",
+            hint="Save the tokenizer beside the model again with `save_pretrained`.",
+            folder=folder,
+        ) from error
+
+
+def _tokens(folder: Path) -> dict[str, int] | None:
     found: dict[str, int] | None = None
     if (folder / "tokenizer.json").is_file():
         found = _fast(read_json(folder / "tokenizer.json"))
     elif (folder / "vocab.json").is_file():
         found = _table(read_json(folder / "vocab.json"))
     elif (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text("utf-8").splitlines()
+        # not splitlines: tokens may hold what Unicode takes for the end of a line
+        lines = (folder / "vocab.txt").read_text("utf-8").removesuffix("\n").split("\n")
         found = {token: row for row, token in enumerate(lines)}
     if found is not None and (folder / "added_tokens.json").is_file():
         found |= _table(read_json(folder / "added_tokens.json"))
