@@ -57,10 +57,10 @@ def register(app: typer.Typer) -> None:
 
 def _bytes(text: str) -> int:
     found = _SIZE.fullmatch(text.strip())
-    count = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-    if count < 1:
+    count = float(found[1]) * _UNITS[found[2] or ""] if found else 0.0
+    if not 1 <= count < 2**63:
         raise typer.BadParameter(f"{text!r} is not a size such as 5GB or 500MB")
-    return count
+    return int(count)
 
 
 def merge(

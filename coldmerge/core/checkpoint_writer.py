@@ -16,7 +16,14 @@ import numpy.typing as npt
 
 from coldmerge.core.dtypes import NUMPY, as_bytes, blocks, nbytes
 from coldmerge.core.errors import CheckpointError, ConflictError
-from coldmerge.core.files import CHUNK_BYTES, fsync_path, preallocate, raise_if_full, write_all
+from coldmerge.core.files import (
+    CHUNK_BYTES,
+    fsync_path,
+    preallocate,
+    raise_if_full,
+    read_exactly,
+    write_all,
+)
 from coldmerge.core.header import Described, TensorSpec, layout, render_header
 
 SINGLE = "model.safetensors"
@@ -70,7 +77,7 @@ class Slots:
         buffer = bytearray(min(CHUNK_BYTES, spec.nbytes))
         for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
             view = memoryview(buffer)[: stop - start]
-            os.preadv(self._fd(path), [view], offset + start)
+            read_exactly(self._fd(path), view, offset + start, path)
             found.update(view)
         return found.hexdigest()
 
@@ -117,7 +124,17 @@ class CheckpointWriter:
                 hint="Choose another folder, or move this one away.",
             )
         shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        try:
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise_if_full(error)
+            raise ConflictError(
+                "checkpoint.cannot_create",
+                f"The folder to write cannot be made: {error.strerror}.",
+                expected="a place where you may write",
+                got=self.folder,
+                hint="Choose another folder; `ls -ld` of the one around it says who may write.",
+            ) from error
         return self
 
     def declare(self, entries: Sequence[Described]) -> None:

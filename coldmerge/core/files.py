@@ -40,19 +40,7 @@ class PositionalFile:
         Raises:
             IntegrityError: the file ends before the buffer is full.
         """
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            if count == 0:
-                raise IntegrityError(
-                    "file.truncated",
-                    "A file became shorter while it was read.",
-                    expected=f"{len(buffer)} bytes from offset {offset}",
-                    got=f"{done} bytes",
-                    hint="Do not change model folders in use; run the command again.",
-                    path=self.path,
-                )
-            done += count
+        read_exactly(self._fd, buffer, offset, self.path)
 
     def read(self, start: int, stop: int) -> bytearray:
         """The bytes [start, stop)."""
@@ -69,6 +57,27 @@ class PositionalFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_exactly(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill `buffer` (bytes) from `offset` of `fd`, which is open on `path`.
+
+    Raises:
+        IntegrityError: the file ends before the buffer is full.
+    """
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            raise IntegrityError(
+                "file.truncated",
+                "A file became shorter while it was read.",
+                expected=f"{len(buffer)} bytes from offset {offset}",
+                got=f"{done} bytes",
+                hint="Do not change model folders in use; run the command again.",
+                path=path,
+            )
+        done += count
 
 
 def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:

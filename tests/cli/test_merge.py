@@ -124,7 +124,7 @@ def test_models_of_a_shelf_are_found_by_owner_and_name(
     assert card.data.base_model == ["owner/one"]
 
 
-@pytest.mark.parametrize("size", ["5 apples", "0GB", "-1MB"])
+@pytest.mark.parametrize("size", ["5 apples", "0GB", "-1MB", "9" * 400 + "GB"])
 def test_a_shard_size_that_is_none_is_refused(
     coldmerge: Command, plan: Path, tmp_path: Path, size: str
 ) -> None:
@@ -351,3 +351,9 @@ def test_a_merge_starts_light(plan: Path, tmp_path: Path) -> None:
         env=ENVIRONMENT,
     )
     assert ran.stderr == "[]\n"
+
+
+def test_a_folder_that_cannot_be_made_is_said(coldmerge: Command, plan: Path) -> None:
+    ran = coldmerge("merge", plan, plan / "out")
+    assert ran.status == 7
+    assert "[checkpoint.cannot_create]" in ran.err
