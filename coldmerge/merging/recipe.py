@@ -53,7 +53,7 @@ def uniform(
     """
     for_each = {key: value for key, value in parameters.items() if key in fields(method.Each)}
     own = {key: value for key, value in parameters.items() if key not in for_each}
-    factor = for_each.pop("weight", 1.0)
+    factor = checked(method.Each, for_each, method).weight if "weight" in for_each else 1.0
     return Uniform(
         checked(method, own, method),
         tuple(

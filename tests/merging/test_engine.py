@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from coldmerge.core.dtypes import Floats32, Floats64, from_float32
-from coldmerge.core.errors import ColdmergeError
+from coldmerge.core.errors import ColdmergeError, ConfigError
 from coldmerge.merging import Block, Cut, Input, Job, Merger, Pool, Scope, Space, View, uniform
 from coldmerge.merging.methods.mean import Mean
 from tests.merging.sources import ArrayDelta, ArraySource, job, merged
@@ -250,3 +250,10 @@ def test_a_job_can_be_sent_to_another_process() -> None:
         one, two = (np.concatenate(list(w.tensor_in_order("w", pool))) for w in (work, again))
     np.testing.assert_array_equal(one, two)
     assert np.count_nonzero(one) == 25
+
+
+def test_a_weight_among_the_parameters_must_be_a_number() -> None:
+    with pytest.raises(ConfigError) as caught:
+        uniform(Mean, {"weight": "heavy"}, [1.0])
+    assert caught.value.code == "merge.bad_parameter"
+    assert [one.weight for one in uniform(Mean, {"weight": 2}, [1.0, 3.0]).each] == [2.0, 6.0]
