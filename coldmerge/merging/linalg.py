@@ -1,4 +1,4 @@
-"""Matrices of a merge: one BLAS thread, float64, and an SVD that knows zero from rounding."""
+"""Sums over the rows of a block; matrices on one BLAS thread, and an SVD that knows zero."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def weighted_sum(block: Block) -> Floats64:
 
 
 def weighted_mean(block: Block) -> Floats64:
-    """Σ wᵢ · rowᵢ / Σ wᵢ over all inputs, as `mean` has it: float64, shape (size,)."""
+    """Σ wᵢ · rowᵢ / Σ wᵢ over all inputs, float64, shape (size,): the merge `mean`."""
     total = weighted_sum(block)
     total /= math.fsum(block.weights)
     return total

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
-
-import numpy as np
 
 from coldmerge.core.dtypes import Floats64
 from coldmerge.merging.block import Block
+from coldmerge.merging.linalg import weighted_mean
 from coldmerge.merging.merger import Merger, PerInput, Share
 
 
@@ -24,7 +22,4 @@ class Mean(Merger):
 
     def merge(self, block: Block, facts: Any) -> Floats64:
         """The mean, rounded once at the end of the sum."""
-        total = np.zeros(block.size, np.float64)
-        for i, tau in block.rows():
-            total += np.multiply(tau, block.weights[i], dtype=np.float64)
-        return np.divide(total, math.fsum(block.weights), out=total)
+        return weighted_mean(block)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from coldmerge.core.dtypes import Floats64
 from coldmerge.merging.block import Block
+from coldmerge.merging.linalg import weighted_mean, weighted_sum
 from coldmerge.merging.merger import Merger
 
 
@@ -28,10 +28,7 @@ class LoraCat(Merger):
 
     def merge(self, block: Block, facts: Any) -> Floats64:
         """The sum that the factors stand for."""
-        total = np.zeros(block.size, np.float64)
-        for i, tau in block.rows():
-            total += np.multiply(tau, block.weights[i], dtype=np.float64)
-        return total / (block.weights.sum() if self.normalize else 1.0)
+        return weighted_mean(block) if self.normalize else weighted_sum(block)
 
 
 class LoraSvd(LoraCat):
