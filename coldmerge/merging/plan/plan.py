@@ -260,7 +260,7 @@ def _layers(sources: Node, before: Slice | None) -> tuple[int, int]:
             raise ConfigError(
                 "plan.layer_stacking",
                 f"{node.where}: layers would not stay in their places (a stacked model, or"
-                " frankenmerge), which coldmerge does not do.",
+                " frankenmerge), which is not supported.",
                 expected=list(found) if any(found) else f"a range that begins with layer {first}",
                 got=ends,
                 hint="Give every source of a slice the same range, and let each slice begin"
@@ -306,7 +306,7 @@ def _chat_template(node: Node | None) -> str | None:
     if text != "auto" and "{" not in text:
         raise ConfigError(
             "plan.chat_template_name",
-            f"{node.where}: coldmerge ships no chat template called `{text}`.",
+            f"{node.where}: no chat template is called `{text}` here.",
             expected="the template itself, in Jinja, or auto: the models' most common one",
             got=text,
             hint="Paste the template, or leave the key out to keep the base's own.",
