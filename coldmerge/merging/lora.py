@@ -26,9 +26,9 @@ from coldmerge.core.errors import ConfigError
 from coldmerge.core.low_rank import Factored
 from coldmerge.core.progress import Counter, Progress, silent
 from coldmerge.core.task_vector import TaskVector
+from coldmerge.core.threads import one_blas_thread
 from coldmerge.core.vector_writer import VectorWriter
 from coldmerge.merging.engine import in_order
-from coldmerge.merging.linalg import single_blas_thread
 from coldmerge.merging.sources import Input
 
 Method = Literal["lora_cat", "lora_svd"]
@@ -188,7 +188,7 @@ class _Writing:
         """
         tensors = []
         with (
-            single_blas_thread(),
+            one_blas_thread(),
             VectorWriter(
                 path,
                 [stored for name in self._terms.names for stored in self._stored(name)],

@@ -10,8 +10,9 @@ import numpy as np
 from pydantic import Field
 
 from coldmerge.core.dtypes import Floats64
+from coldmerge.core.threads import one_blas_thread
 from coldmerge.merging.block import Block
-from coldmerge.merging.linalg import single_blas_thread, weighted_mean
+from coldmerge.merging.linalg import weighted_mean
 from coldmerge.merging.merger import Cut, Merger, PerInput
 
 NOT_MAPS = ("*embed*", "*lm_head*", "*text_projection*", "*wte*", "*wpe*", "*shared.weight")
@@ -50,7 +51,7 @@ class Spectral(Merger):
     def merge(self, block: Block, facts: Any) -> Floats64:
         """The merged delta of one matrix, or of a part of another tensor."""
         if self._is_map(block.name, block.tensor_shape):
-            with single_blas_thread():
+            with one_blas_thread():
                 merged = self.merge_matrix(block, block.tensor_shape)
         else:
             merged = weighted_mean(block)

@@ -1,14 +1,11 @@
-"""Singular triples against numpy's SVD, and the one BLAS thread of many workers."""
+"""Singular triples against numpy's SVD."""
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
 
-from coldmerge.merging.linalg import polar, single_blas_thread, triples
+from coldmerge.merging.linalg import polar, triples
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6), (1, 4), (3, 1)])
@@ -43,35 +40,3 @@ def test_values_that_are_rounding_or_not_above_do_not_exist() -> None:
     assert (zero.left.shape, zero.values.shape, zero.right.shape) == ((3, 0), (0,), (0, 2))
     np.testing.assert_array_equal(polar(np.zeros((3, 2))), np.zeros((3, 2)))
     np.testing.assert_allclose(polar(-3 * matrix), np.diag([-1.0, -1, 0, 0]), atol=1e-9)
-
-
-def blas_threads() -> set[int]:
-    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
-
-
-def test_blas_has_one_thread_until_the_last_worker_is_out() -> None:
-    """The first worker in is not the last one out."""
-    first_in, second_in, first_out = (threading.Event() for _ in range(3))
-    seen: list[set[int]] = []
-
-    def second() -> None:
-        first_in.wait(10)
-        with single_blas_thread():
-            second_in.set()
-            first_out.wait(10)
-            seen.append(blas_threads())
-
-    before = blas_threads()
-    worker = threading.Thread(target=second)
-    worker.start()
-    with single_blas_thread():
-        first_in.set()
-        assert second_in.wait(10)
-        seen.append(blas_threads())
-    first_out.set()
-    worker.join()
-    assert seen == [{1}, {1}]
-    assert blas_threads() == before
-    with pytest.raises(RuntimeError, match="inside"), single_blas_thread():
-        raise RuntimeError("inside")
-    assert blas_threads() == before

@@ -9,8 +9,9 @@ import numpy as np
 from pydantic import Field
 
 from coldmerge.core.dtypes import Floats64
+from coldmerge.core.threads import one_blas_thread
 from coldmerge.merging.block import Block
-from coldmerge.merging.linalg import single_blas_thread, weighted_mean
+from coldmerge.merging.linalg import weighted_mean
 from coldmerge.merging.merger import Cut, Merger, PerInput, Share
 from coldmerge.merging.shipped import shipped
 
@@ -48,7 +49,7 @@ class Mats(Merger):
         """The merged delta of one tensor, which must be whole."""
         if self.statistic == "gram" and len(block.tensor_shape) != 2:
             return weighted_mean(block)
-        with single_blas_thread():
+        with one_blas_thread():
             return self._solve(block)
 
     def _solve(self, block: Block) -> Floats64:
