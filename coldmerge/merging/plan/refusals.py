@@ -50,7 +50,7 @@ def refuse(node: Node, words: Mapping[str, str]) -> None:
         if isinstance(word, str) and word in words:
             raise ConfigError(
                 "plan.unsupported",
-                f"{where}: coldmerge does not support `{word}`.",
+                f"{where}: `{word}` is not supported.",
                 expected="a merge of whole models, layer by layer, onto one base",
                 got=word,
                 hint=words[word],
