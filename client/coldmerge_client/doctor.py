@@ -21,6 +21,7 @@ from typing import Any, Literal
 from coldmerge import __version__
 from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ColdmergeError
+from coldmerge.core.files import existing
 from coldmerge.wire.invitation import root_fingerprint
 from coldmerge.wire.version import PROTOCOL
 from coldmerge_client import sent_log
@@ -76,9 +77,7 @@ def _guard(name: str, check: Callable[[], Check]) -> Check:
 
 
 def _disk(home: Home) -> Check:
-    folder = home.path
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(home.path)
     free = shutil.disk_usage(folder).free
     detail = f"{free / 1e9:.1f} GB free"
     if not os.access(folder, os.W_OK):

@@ -89,11 +89,12 @@ def merge(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Merge models as a plan says, into a new model folder."""
+    from coldmerge.core.files import existing
     from coldmerge.merging.plan import Opened, load, run
 
     largest = _bytes(shard_size)
     read = load(plan)
-    scratch = _existing(folder) if engine is EngineName.RAY else None
+    scratch = existing(folder.absolute().parent) if engine is EngineName.RAY else None
     with (
         bars(fmt) as progress,
         Opened(
@@ -142,10 +143,6 @@ def _merge_adapters(
         },
         fmt,
     )
-
-
-def _existing(folder: Path) -> Path:
-    return next(p for p in folder.absolute().parents if p.exists())
 
 
 def _engine(name: EngineName) -> Engine | None:

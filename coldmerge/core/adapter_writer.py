@@ -15,7 +15,7 @@ from coldmerge.core.adapters import CONFIG, WEIGHTS
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.dtypes import as_bytes, from_float32
 from coldmerge.core.errors import ConflictError
-from coldmerge.core.files import fsync_path, preallocate, write_all
+from coldmerge.core.files import fsync_path, partial_path, preallocate, write_all
 from coldmerge.core.header import TensorSpec, layout, render_header
 from coldmerge.core.task_vector import TaskVector
 
@@ -37,7 +37,7 @@ def write_adapter(
         ConflictError: `folder` exists and is not empty.
     """
     check_free(folder)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = partial_path(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -126,6 +129,35 @@ def raise_if_full(error: OSError) -> None:
             hint="Free some space (`df -h`) and run the command again; nothing was lost.",
             path=error.filename,
         ) from error
+
+
+def existing(path: Path) -> Path:
+    """`path` itself, or the nearest folder above it that exists, absolute."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def partial_path(path: Path) -> Path:
+    """Where this process writes what becomes `path` when it is whole."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the folders that killed processes of this machine left of writing `path`."""
+    pattern = re.compile(re.escape(path.name) + r"\.partial-(\d+)")
+    if path.absolute().parent.is_dir():
+        for left in sorted(path.absolute().parent.iterdir()):
+            found = pattern.fullmatch(left.name)
+            if found and not _alive(int(found[1])):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    with suppress(PermissionError):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+    return True
 
 
 def fsync_path(path: Path) -> None:

@@ -20,7 +20,7 @@ from coldmerge.core.dtypes import (
     nbytes,
     to_float32,
 )
-from coldmerge.core.files import PositionalFile, fsync_path, preallocate, write_all
+from coldmerge.core.files import PositionalFile, fsync_path, partial_path, preallocate, write_all
 from coldmerge.core.names import split_key
 from coldmerge.core.statistics import DTYPE
 from coldmerge.core.task_vector import TaskVector, vector_header
@@ -56,7 +56,7 @@ class VectorWriter:
     ) -> None:
         self.path = path
         self.dtype = ENCODINGS[encoding]
-        self._partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        self._partial = partial_path(path)
         self._statistics = dict(statistics or {})
         self._planned = [self._plan(key, shape) for key, shape in sorted(planned)]
         self._facts = {"kind": kind, "encoding": encoding, "base_digest": base_digest}

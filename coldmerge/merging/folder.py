@@ -14,7 +14,7 @@ from coldmerge.core.digests import Content, file_digest
 from coldmerge.core.documents import FileEntry, TensorEntry
 from coldmerge.core.dtypes import FLOATS, NUMPY, Floats32, blocks, from_float32, nbytes
 from coldmerge.core.errors import ResourceError
-from coldmerge.core.files import CHUNK_BYTES
+from coldmerge.core.files import CHUNK_BYTES, existing
 from coldmerge.core.header import Described
 from coldmerge.core.progress import Advance, Counter, Progress, silent
 from coldmerge.core.vector_writer import Planned
@@ -165,8 +165,7 @@ def _entries(planned: Iterable[Described], digests: Mapping[str, str]) -> list[T
 
 def _check_disk(out: Path, planned: Sequence[Planned]) -> None:
     needed = sum(nbytes(entry.dtype, entry.shape) for entry in planned)
-    folder = next(parent for parent in [out.absolute(), *out.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing(out)).free
     if needed > free:
         raise ResourceError(
             "merge.output_too_large",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coldmerge.core.dtypes import FLOATS, NUMPY, Floats32, from_float32, nbytes, size
+from coldmerge.core.files import existing
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.merging.block import View
 from coldmerge.merging.engine import Job
@@ -65,7 +66,7 @@ def estimate(plan: Plan, opened: Opened, out: Path, threads: int | None = None) 
         merged=len(job.names),
         bytes_read=_bytes_read(opened, job),
         bytes_written=written,
-        bytes_free=_free(out),
+        bytes_free=shutil.disk_usage(existing(out)).free,
         memory_bytes=memory,
         seconds=pace * sum(_work(job, n) for n in job.names) + written / WRITE_BYTES_PER_SECOND,
     )
@@ -85,15 +86,10 @@ def _adapters(opened: Opened, out: Path) -> Estimate:
         merged=len(names),
         bytes_read=stored,
         bytes_written=stored,
-        bytes_free=_free(out),
+        bytes_free=shutil.disk_usage(existing(out)).free,
         memory_bytes=_resident() + 2 * stored,
         seconds=3 * pace * stored + stored / WRITE_BYTES_PER_SECOND,
     )
-
-
-def _free(out: Path) -> int:
-    folder = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-    return shutil.disk_usage(folder).free
 
 
 def _resident() -> int:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from coldmerge.core.checkpoint_writer import MAX_SHARD_BYTES
 from coldmerge.core.digests import Content
 from coldmerge.core.dtypes import FLOATS
 from coldmerge.core.errors import ConfigError
+from coldmerge.core.files import remove_leftovers
 from coldmerge.core.progress import Progress, silent
 from coldmerge.merging.folder import Engine, merge
 from coldmerge.merging.plan.inputs import Opened
@@ -92,22 +89,3 @@ def recipe(plan: Plan, opened: Opened) -> Settings:
             at=plan.method_at,
         ) from error
     return found
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove what killed processes of this machine left of unfinished merges into `out`."""
-    pattern = re.compile(re.escape(out.name) + r"\.partial-(\d+)")
-    if out.absolute().parent.is_dir():
-        for path in sorted(out.absolute().parent.iterdir()):
-            found = pattern.fullmatch(path.name)
-            if found and not _alive(int(found[1])):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    with suppress(PermissionError):
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return False
-    return True
