@@ -22,7 +22,7 @@ from coldmerge.cli import (
     weights,
 )
 from coldmerge.cli.output import Format, fail, out
-from coldmerge.core.errors import ColdmergeError
+from coldmerge.core.errors import ColdmergeError, ConfigError
 
 app = typer.Typer(
     name="coldmerge",
@@ -78,3 +78,13 @@ def main() -> None:
             (a, b) == ("--format", "json") for a, b in zip(sys.argv, sys.argv[1:], strict=False)
         )
         sys.exit(fail(error, Format.JSON if asked_json else Format.TABLE))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        refused = ConfigError(
+            "file.refused",
+            f"The system refused a file or folder: {error.strerror}.",
+            hint="Check the path, and with `ls -ld` who may read and write there.",
+            path=error.filename,
+        )
+        sys.exit(fail(refused, Format.TABLE))

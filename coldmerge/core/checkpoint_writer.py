@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -116,13 +117,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ConflictError(
-                "checkpoint.folder_exists",
-                "The folder to write exists already and is not empty.",
-                expected="a new or empty folder",
-                got=self.folder,
-                hint="Choose another folder, or move this one away.",
-            )
+            raise self._folder_exists()
         shutil.rmtree(self._partial, ignore_errors=True)
         try:
             self._partial.mkdir(parents=True)
@@ -265,8 +260,22 @@ class CheckpointWriter:
         for path in sorted(self._partial.rglob("*"), reverse=True):
             fsync_path(path)
         fsync_path(self._partial)
-        self._partial.rename(self.folder)
+        try:
+            self._partial.rename(self.folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise self._folder_exists() from error  # another process was faster
         fsync_path(self.folder.parent)
+
+    def _folder_exists(self) -> ConflictError:
+        return ConflictError(
+            "checkpoint.folder_exists",
+            "The folder to write exists already and is not empty.",
+            expected="a new or empty folder",
+            got=self.folder,
+            hint="Choose another folder, or move this one away.",
+        )
 
     def _write_headers(self) -> None:
         """Last of all: a killed process leaves shards that begin with zeros and do not load."""

@@ -260,3 +260,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         [sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True
     )
     assert int(done.stdout) < 20_000  # KiB
+
+
+def test_of_two_writers_of_a_folder_the_first_wins(tmp_path: Path, save: Save) -> None:
+    source = save("m", {"a": torch.ones(4)})
+    with pytest.raises(ConflictError) as caught, CheckpointWriter(tmp_path / "out"):
+        source.folder.rename(tmp_path / "out")
+    assert caught.value.code == "checkpoint.folder_exists"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert Checkpoint.open(tmp_path / "out").array("a").tolist() == [1, 1, 1, 1]
