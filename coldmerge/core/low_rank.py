@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from coldmerge.core.adapter_writer import is_embedding
-from coldmerge.core.algebra import Delta
+from coldmerge.core.algebra import Delta, round_once
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.comparison import not_finite
 from coldmerge.core.dtypes import FLOATS, Floats32, Floats64, blocks, size
@@ -216,7 +216,7 @@ def _factor_one(
         return Factored(name, 0, 0.0, 0.0)
     scaling = choice.scaling(shape)
     stored = [
-        writer.as_stored((factor / math.sqrt(scaling)).astype(np.float32))
+        writer.as_stored(round_once(name, factor / math.sqrt(scaling)))
         for factor in factors(matrix, choice.rank_of(shape))
     ]
     for values, (key, extents) in zip(stored, _stored(name, shape, choice), strict=True):

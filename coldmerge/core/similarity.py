@@ -132,7 +132,8 @@ def _block(
         if name in delta.names:
             row[:] = values_on(ground, delta, name, place[0])
     wide = rows.astype(np.float64)
-    dots = wide @ wide.T
+    with np.errstate(over="ignore", invalid="ignore"):  # `_blame` says it better
+        dots = wide @ wide.T
     if not np.isfinite(dots).all():
         _blame(ground, rows, base, labels, name)
     signs = np.sign(rows, out=rows)

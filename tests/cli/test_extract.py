@@ -130,3 +130,19 @@ def test_nothing_is_written_over(coldmerge: Command, root: Path, options: list[o
     assert said.status == 7
     assert "weights.out_exists" in said.err
     assert (root / "out" / "mine").read_text() == "mine"
+
+
+def test_factors_beyond_the_type_are_refused(coldmerge: Command, root: Path) -> None:
+    out = root / "adapter"
+    ran = coldmerge("extract", root / "base", root / "tuned", out, "--rank", 2, "--alpha", "1e-300")
+    assert "[task_vector.not_finite]" in ran.err
+    assert ran.status == 3
+    assert not out.exists()
+
+
+def test_a_place_that_cannot_be_written_is_said(coldmerge: Command, root: Path) -> None:
+    file = root / "file"
+    file.touch()
+    ran = coldmerge("extract", root / "base", root / "tuned", file / "vector")
+    assert (ran.status, "[file.refused]" in ran.err) == (2, True)
+    assert str(file) in ran.err.replace("\n", "")
