@@ -1,9 +1,9 @@
 """The merge engine: a recipe over blocks of task vectors, on all processors, in little memory.
 
 Memory is O(threads × block × inputs), whatever the size of the model; a merger that needs
-whole tensors gets one at a time, or several small ones (`ROOM`). The order
-of the inputs is that of their keys and no value depends on which thread made it, so the
-same inputs give the same bytes.
+whole tensors gets one at a time, or several small ones (`ROOM`). The order of the inputs is
+that of their keys and no value depends on which thread made it, so the same inputs give the
+same bytes.
 """
 
 from __future__ import annotations
@@ -188,12 +188,6 @@ class Job:
                     put(start, self.theta(self.block(name, start, stop), facts, onto))
 
             pool.spread(unit, [cuts[at : at + UNIT] for at in range(0, len(cuts), UNIT)])
-
-    def tensor_in_order(
-        self, name: str, pool: Pool, onto: Source | None = None
-    ) -> Iterator[Floats32]:
-        """Merge one tensor and yield its blocks from the first to the last."""
-        return self.in_order(name, pool, lambda block, facts: self.theta(block, facts, onto))
 
     def in_order(self, name: str, pool: Pool, make: Callable[[Block, Any], R]) -> Iterator[R]:
         """Yield `make(block, facts)` for the blocks of one tensor, from the first to the last."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import pickle
 import random
+from functools import partial
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -32,13 +33,15 @@ problems = st.integers(1, 6).flatmap(
 def mean(
     base: dict[str, Floats32], inputs: list[Input], *, block: int = 2**16, threads: int = 1
 ) -> dict[str, Floats32]:
-    """The mean by weight, through `tensor_in_order`."""
+    """The mean by weight, through `in_order`."""
     source = ArraySource(base)
     weights = [item.weight for item in sorted(inputs, key=lambda item: item.key)]
     shapes = {name: x.shape for name, x in source.tensors.items()}
     work = Job(source, shapes, inputs, uniform(Mean, {}, weights), block)
     with Pool(threads) as pool:
-        return {name: np.concatenate(list(work.tensor_in_order(name, pool))) for name in work.names}
+        return {
+            name: np.concatenate(list(work.in_order(name, pool, work.theta))) for name in work.names
+        }
 
 
 @given(problems, st.integers(1, 40), st.integers(1, 3), st.randoms(use_true_random=False))
@@ -172,7 +175,7 @@ def test_a_tensor_is_cut_as_the_merger_asks(
     work = Job(ArraySource({"w": np.zeros(shape)}), {"w": shape}, [Input("1", tau)], recipe, 10)
     Seen.blocks.clear()
     with Pool(1) as pool:
-        assert sum(len(part) for part in work.tensor_in_order("w", pool)) == np.prod(shape)
+        assert sum(len(part) for part in work.in_order("w", pool, work.theta)) == np.prod(shape)
     assert [(start, stop) for _, start, stop in Seen.blocks] == expected
 
 
@@ -205,7 +208,7 @@ def test_a_global_measure_sees_every_tensor_end_to_end(threads: int) -> None:
     work = Job(ArraySource(base), {n: np.shape(x) for n, x in base.items()}, inputs, recipe, 8)
     with Pool(threads) as pool:
         work.survey(pool)
-        found = np.concatenate(list(work.tensor_in_order("a", pool)))
+        found = np.concatenate(list(work.in_order("a", pool, work.theta)))
     norm = np.sqrt(sum(np.sum(np.float32(x) ** 2) for tau in taus for x in tau.values()))
     expected = np.mean([tau["a"] for tau in taus], axis=0).reshape(-1) / norm
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -227,9 +230,10 @@ def test_a_merger_of_weights_can_be_applied_onto_another_master() -> None:
     inputs = [Input("1", ArrayDelta({"w": [0.5, 0.25]}))]
     work = Job(ArraySource({"w": base}), {"w": (2,)}, inputs, recipe)
     with Pool(1) as pool:
-        assert list(next(work.tensor_in_order("w", pool))) == [1.5, 2.25]
+        assert list(next(work.in_order("w", pool, work.theta))) == [1.5, 2.25]
         onto = ArraySource({"w": master})
-        assert list(next(work.tensor_in_order("w", pool, onto))) == [10.5, 20.25]
+        moved = work.in_order("w", pool, partial(work.theta, onto=onto))
+        assert list(next(moved)) == [10.5, 20.25]
 
 
 def test_matrices_wait_for_room_and_all_get_their_turn() -> None:
@@ -247,7 +251,7 @@ def test_a_job_can_be_sent_to_another_process() -> None:
     work = job("ties", {"w": np.zeros(50)}, [{"w": np.arange(50.0)}], each=[{"density": 0.5}])
     again = pickle.loads(pickle.dumps(work))  # noqa: S301 - our own bytes
     with Pool(1) as pool:
-        one, two = (np.concatenate(list(w.tensor_in_order("w", pool))) for w in (work, again))
+        one, two = (np.concatenate(list(w.in_order("w", pool, w.theta))) for w in (work, again))
     np.testing.assert_array_equal(one, two)
     assert np.count_nonzero(one) == 25
 

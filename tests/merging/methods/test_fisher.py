@@ -128,7 +128,7 @@ def test_where_an_input_lacks_the_statistic_the_tensor_gets_the_mean(method: str
     work = job(method, {"w": np.eye(2)}, [first, ArrayDelta({"w": 3 * np.eye(2)})])
     with Pool(1) as pool:
         work.survey(pool)
-        found = np.concatenate(list(work.tensor_in_order("w", pool)))
+        found = np.concatenate(list(work.in_order("w", pool, work.theta)))
     np.testing.assert_array_equal(found.reshape(2, 2), 3 * np.eye(2))
     with pytest.raises(ColdmergeError) as caught:
         work.check_statistics()
