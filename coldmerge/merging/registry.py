@@ -32,7 +32,9 @@ def merger_class(name: str) -> type[Merger]:
         found = _mergers_in(modules[name])
         if name in found:
             return found[name]
-    found = {**_plugins(name), **_ours()}
+    found = _ours()
+    if name not in found:
+        found = _plugins(name)
     if name not in found:
         raise ConfigError(
             "merge.unknown_method",
@@ -94,6 +96,7 @@ def _plugins(name: str) -> dict[str, type[Merger]]:
         try:
             loaded = entry.load()
             sound = issubclass(loaded, Merger) and loaded.name == name
+            sound = sound and not inspect.isabstract(loaded)
         except Exception as error:
             raise _broken(name, entry.value, f"{type(error).__name__}: {error}") from error
         if not sound:

@@ -23,6 +23,10 @@ class Loudest(Merger):
         rows = block.stack()
         return np.take_along_axis(rows, np.abs(rows).argmax(0)[None], 0)[0]
 
+class Half(Merger):
+    """A method without what it does."""
+    name: ClassVar[str] = "half"
+
 not_a_merger = 5
 '''
 METADATA = "Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n"
@@ -31,6 +35,8 @@ loudest = elsewhere:Loudest
 wrong = elsewhere:not_a_merger
 gone = elsewhere:nowhere
 mean2 = elsewhere:Loudest
+half = elsewhere:Half
+dare_ties = elsewhere:nowhere
 """
 
 
@@ -69,8 +75,9 @@ sys.path.insert(0, sys.argv[1])
 from coldmerge.core.errors import ConfigError
 from coldmerge.merging import merger, method_names
 assert merger("loudest").name == "loudest"
+assert type(merger("dare_ties")).__module__.startswith("coldmerge."), "ours cannot be replaced"
 assert {"loudest", "mean"} <= set(method_names())
-for name in ("wrong", "gone", "mean2"):
+for name in ("wrong", "gone", "mean2", "half"):
     try:
         merger(name)
     except ConfigError as error:
