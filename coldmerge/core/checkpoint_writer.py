@@ -20,6 +20,7 @@ from coldmerge.core.errors import CheckpointError, ConflictError
 from coldmerge.core.files import (
     CHUNK_BYTES,
     fsync_path,
+    partial_path,
     preallocate,
     raise_if_full,
     read_exactly,
@@ -108,7 +109,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         self.folder = Path(folder)
-        self._partial = self.folder.with_name(f"{self.folder.name}.partial-{os.getpid()}")
+        self._partial = partial_path(self.folder)
         self._max_shard_bytes = max_shard_bytes
         self.slots = Slots({})
         self._written: dict[str, int] = {}

@@ -103,10 +103,10 @@ class HuggingFaceTrainer(ABC):
             model, weights = self._tuned(job, trained, data.labels)
             if model.config.pad_token_id is None:
                 model.config.pad_token_id = tokenizer.pad_token_id
-            tuned = measuring.Tuned(
+            subject = measuring.Subject(
                 model, weights, data.train, Collator(tokenizer), self.config, self.shift
             )
-            measuring.measure(tuned, kinds, folder / FOLDER, progress)
+            measuring.measure(subject, kinds, folder / FOLDER, progress)
 
     def _tuned(
         self, job: TrainJob, trained: Trained, labels: Sequence[str]

@@ -37,7 +37,7 @@ ROOM = 2**30
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Subject:
     """A tuned model, and what to measure it with.
 
     `weights`: its parameters' names → names of the release tensors that may be shipped.
@@ -61,25 +61,25 @@ class _Sum:
     shape: tuple[int, ...]
 
 
-def measure(tuned: Tuned, kinds: Collection[Statistic], out: Path, progress: Progress) -> None:
+def measure(subject: Subject, kinds: Collection[Statistic], out: Path, progress: Progress) -> None:
     """Measure `kinds` and write the folder that `core.statistics.Measured` opens.
 
     Raises:
         DataError: a statistic is not finite.
     """
-    tuned.model.to(models.device(tuned.config)).eval().requires_grad_(False)
-    examples = spread(tuned.examples)
+    subject.model.to(models.device(subject.config)).eval().requires_grad_(False)
+    examples = spread(subject.examples)
     tokens = sum(sum(example["attention_mask"]) for example in examples)
     counts = {"fisher": float(len(examples)), "gram": float(tokens)}
     ways = {"fisher": _fisher, "gram": _gram}
-    sums = {kind: list(_sums(tuned, kind)) for kind in sorted(kinds)}
+    sums = {kind: list(_sums(subject, kind)) for kind in sorted(kinds)}
     work = [(ways[kind], group) for kind, found in sums.items() for group in _groups(found)]
     shutil.rmtree(out, ignore_errors=True)
     with CheckpointWriter(out) as writer:
         writer.declare([Planned(s.key, DTYPE, s.shape) for found in sums.values() for s in found])
         for number, (way, group) in enumerate(work):
             progress("measure", number, len(work))
-            for one, value in zip(group, way(tuned, group, examples), strict=True):
+            for one, value in zip(group, way(subject, group, examples), strict=True):
                 _check_finite(one, value)
                 writer.write(one.key, value.cpu().numpy())
         writer.write_file(COUNTS, json.dumps({kind: counts[kind] for kind in sums}).encode())
@@ -92,13 +92,13 @@ def spread(examples: Sequence[Features]) -> list[Features]:
     return [examples[place * len(examples) // count] for place in range(count)]
 
 
-def _sums(tuned: Tuned, kind: Statistic) -> Iterator[_Sum]:
-    linear = _linear(tuned.model)
-    for name, parameter in tuned.model.named_parameters():
-        if name in tuned.weights and (kind == "fisher" or name in linear):
+def _sums(subject: Subject, kind: Statistic) -> Iterator[_Sum]:
+    linear = _linear(subject.model)
+    for name, parameter in subject.model.named_parameters():
+        if name in subject.weights and (kind == "fisher" or name in linear):
             shape = tuple(parameter.shape)
             side = (linear[name].in_features,) * 2 if kind == "gram" else shape
-            yield _Sum(f"{tuned.weights[name]}.{kind}", name, side)
+            yield _Sum(f"{subject.weights[name]}.{kind}", name, side)
 
 
 def _linear(model: Any) -> dict[str, torch.nn.Linear]:
@@ -122,17 +122,17 @@ def _groups(sums: Sequence[_Sum]) -> Iterator[list[_Sum]]:
 
 
 def _fisher(
-    tuned: Tuned, group: Sequence[_Sum], examples: Sequence[Features]
+    subject: Subject, group: Sequence[_Sum], examples: Sequence[Features]
 ) -> list[torch.Tensor]:
     """The mean squared gradient of each parameter of `group`, at least `FLOOR`."""
-    known = dict(tuned.model.named_parameters())
+    known = dict(subject.model.named_parameters())
     chosen = [known[one.parameter].requires_grad_(True) for one in group]
     totals = [torch.zeros_like(parameter) for parameter in chosen]
     for example in examples:
-        batch = _on_device(tuned, tuned.collate([example]))
+        batch = _on_device(subject, subject.collate([example]))
         labels = batch.pop("labels")
-        logits = tuned.model(**batch).logits
-        for share, value in log_likelihoods(logits, labels, tuned.shift):
+        logits = subject.model(**batch).logits
+        for share, value in log_likelihoods(logits, labels, subject.shift):
             found = torch.autograd.grad(value, chosen, retain_graph=True, allow_unused=True)
             for total, gradient in zip(totals, found, strict=True):
                 if gradient is not None:
@@ -163,9 +163,11 @@ def log_likelihoods(
     yield 1.0, scores[counted].gather(-1, wanted[counted].unsqueeze(-1)).sum()
 
 
-def _gram(tuned: Tuned, group: Sequence[_Sum], examples: Sequence[Features]) -> list[torch.Tensor]:
+def _gram(
+    subject: Subject, group: Sequence[_Sum], examples: Sequence[Features]
+) -> list[torch.Tensor]:
     """XᵀX of the inputs of each linear layer of `group`, exactly symmetric."""
-    where, linear = models.device(tuned.config), _linear(tuned.model)
+    where, linear = models.device(subject.config), _linear(subject.model)
     totals = [torch.zeros(one.shape, device=where) for one in group]
     real = torch.ones(0, dtype=torch.bool)
 
@@ -179,16 +181,16 @@ def _gram(tuned: Tuned, group: Sequence[_Sum], examples: Sequence[Features]) -> 
             layer = linear[one.parameter]
             handle = layer.register_forward_pre_hook(partial(add, total), with_kwargs=True)
             hooks.callback(handle.remove)
-        for places in batches.by_length(examples, tuned.config.batch_size):
-            batch = _on_device(tuned, tuned.collate([examples[place] for place in places]))
+        for places in batches.by_length(examples, subject.config.batch_size):
+            batch = _on_device(subject, subject.collate([examples[place] for place in places]))
             real = batch["attention_mask"].reshape(-1).bool()
             batch.pop("labels")
-            tuned.model(**batch)
+            subject.model(**batch)
     return [(total + total.T) / 2 for total in totals]
 
 
-def _on_device(tuned: Tuned, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    where = models.device(tuned.config)
+def _on_device(subject: Subject, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    where = models.device(subject.config)
     return {name: part.to(where) for name, part in batch.items()}
 
 
