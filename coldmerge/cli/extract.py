@@ -17,6 +17,7 @@ from coldmerge.cli.output import (
     print_json,
     print_record,
     print_rows,
+    size,
 )
 from coldmerge.cli.weights import PANEL, BaseArgument, digest_of
 from coldmerge.core.errors import ConfigError, NotFoundError
@@ -43,7 +44,9 @@ def register(app: typer.Typer) -> None:
 
 def extract(
     base: BaseArgument,
-    tuned: Annotated[Path, typer.Argument(help="What was trained from it: a model folder.")],
+    tuned: Annotated[
+        Path, typer.Argument(help="What was trained from it: a model folder or PEFT adapter.")
+    ],
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help="A task vector file; with --rank a folder.")
     ],
@@ -51,10 +54,14 @@ def extract(
         Encoding, typer.Option(help="`bf16` takes half the bytes and keeps 8 bits of precision.")
     ] = Encoding.FP32,
     private: Annotated[
-        list[str] | None, typer.Option(help="Tensors to leave out, such as 'classifier.*'.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Tensors to leave out, such as 'classifier.*'. Repeatable."
+        ),
     ] = None,
     trim: Annotated[
-        float | None, typer.Option(help="Add each tensor's trim threshold at this density.")
+        float | None,
+        typer.Option(metavar="DENSITY", help="Add each tensor's trim threshold at this density."),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Make a PEFT LoRA adapter of this rank instead.")
@@ -63,7 +70,11 @@ def extract(
         float | None, typer.Option(help="The adapter's alpha. Default: the rank.")
     ] = None,
     targets: Annotated[
-        list[str] | None, typer.Option(help="Modules to adapt, such as '*_proj'. Default: all.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Modules to adapt, such as '*_proj'. Repeatable. Default: all.",
+        ),
     ] = None,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
@@ -173,6 +184,7 @@ def _show_full(found: Extraction, fmt: Format) -> None:
         rows = [{"left_out": name, "reason": reason} for name, reason in found.kept_home]
         print_rows(rows, fmt, empty="")
         out.print()
+    record["bytes"] = size(vector.payload_bytes)
     record["statistics"] = [f"{kind} {value:g}" for kind, value in vector.statistics.items()]
     record |= {"unchanged": len(found.unchanged), "not_in_the_fine_tune": list(found.missing)}
     print_record(record, fmt)

@@ -75,10 +75,10 @@ def merge(
         typer.Option(help="Match rows of different vocabularies by token, onto the base's."),
     ] = None,
     shard_size: Annotated[
-        str, typer.Option(help="Largest file of the result, such as 500MB.")
+        str, typer.Option(metavar="SIZE", help="Largest file of the result, such as 500MB.")
     ] = "5GB",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="How many. Default: one per processor.")
+        int | None, typer.Option(min=1, help="How many to use. Default: one per processor.")
     ] = None,
     engine: Annotated[
         EngineName, typer.Option(help="This machine, or the Ray cluster at RAY_ADDRESS.")

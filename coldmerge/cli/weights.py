@@ -154,9 +154,9 @@ def similarity(
         ),
     ],
     picture: Annotated[
-        Path | None, typer.Option(help="Draw it: a file that ends in .svg, .png or .html.")
+        Path | None, typer.Option(help="Draw it, too: a file that ends in .svg, .png or .html.")
     ] = None,
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="By layer too.")] = False,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Say it by layer, too.")] = False,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Say how alike the changes of models against BASE are: cosines, and agreeing signs."""
