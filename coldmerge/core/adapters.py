@@ -30,6 +30,7 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<part>[AB])(\.[^.]+)?(\.weight)?"
 )
 _OTHER = re.compile(r"lora_(magnitude_vector|.*bias)|trainable_tokens|\.lora_[AB](\.[^.]+)?\.bias$")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _UNSUPPORTED = (
     "use_dora",
@@ -180,6 +181,8 @@ def _by_pattern(config: dict[str, Any], patterns: str, module: str, default: str
     table = config.get(patterns) or {}
     if not isinstance(table, dict) or not all(map(_positive, table.values())):
         raise ValueError(f"{patterns} is not a table of positive numbers")
+    if repeated := [pattern for pattern in table if _REPEATED_GROUP.search(pattern)]:
+        raise ValueError(f"{patterns} has a pattern that may take for ever: {repeated[0]!r:.80}")
     try:
         found = [v for pattern, v in table.items() if re.match(rf"(.*\.)?({pattern})$", module)]
     except re.error as error:

@@ -304,6 +304,7 @@ def test_weights_that_do_not_fit_are_refused(
     [
         {"rank_pattern": ["m"]},
         {"rank_pattern": {"(": 2}},
+        {"rank_pattern": {"([a-z.]+)+Z": 2}},
         {"alpha_pattern": {"m": "x"}},
         {"alpha_pattern": {"m": [1]}},
         {"alpha_pattern": {"m": 10**400}},
