@@ -20,7 +20,7 @@ from coldmerge.core.algebra import round_once
 from coldmerge.core.dtypes import Floats32, Floats64, blocks, size
 from coldmerge.core.errors import ConfigError
 from coldmerge.merging.block import Block, View
-from coldmerge.merging.merger import Cut, Merger, Scope, Space
+from coldmerge.merging.merger import Cut, Merger, Scope, Space, Values
 from coldmerge.merging.pool import Pool
 from coldmerge.merging.recipe import Recipe, Setting
 from coldmerge.merging.shipped import check_density, check_shipped
@@ -149,11 +149,24 @@ class Job:
 
     def delta(self, block: Block, facts: Any) -> Floats32 | Floats64:
         """The merged delta of a block against the base, shape (block.size,)."""
-        merger = self.setting(block.name).merger
         with np.errstate(over="ignore", invalid="ignore"):  # `round_once` says it better
-            values = merger.merge(block, facts)
-            if merger.space is Space.WEIGHTS:
+            values = self._merged(block, facts)
+            if self.setting(block.name).merger.space is Space.WEIGHTS:
                 values = np.subtract(values, block.base, dtype=np.float64)
+        return values
+
+    def _merged(self, block: Block, facts: Any) -> Values:
+        merger = self.setting(block.name).merger
+        values = merger.merge(block, facts)
+        if values.shape != (block.size,):  # one value would silently become all of them
+            raise ConfigError(
+                "merge.wrong_shape",
+                f"The merge method {merger.name} gave another shape than its block has.",
+                expected=(block.size,),
+                got=values.shape,
+                hint="Tell the method's author: `merge` gives one value for each element.",
+                tensor=block.name,
+            )
         return values
 
     def theta(self, block: Block, facts: Any, onto: Source | None = None) -> Floats32:
@@ -167,7 +180,7 @@ class Job:
         merger = self.setting(block.name).merger
         if onto is None and merger.space is Space.WEIGHTS:
             with np.errstate(over="ignore", invalid="ignore"):
-                return round_once(block.name, merger.merge(block, facts))
+                return round_once(block.name, self._merged(block, facts))
         ground = block.base if onto is None else onto.block(block.name, block.start, block.stop)
         return round_once(block.name, np.add(self.delta(block, facts), ground, dtype=np.float64))
 

@@ -261,3 +261,20 @@ def test_a_weight_among_the_parameters_must_be_a_number() -> None:
         uniform(Mean, {"weight": "heavy"}, [1.0])
     assert caught.value.code == "merge.bad_parameter"
     assert [one.weight for one in uniform(Mean, {"weight": 2}, [1.0, 3.0]).each] == [2.0, 6.0]
+
+
+class One(Merger):
+    """One value, where each element has its own."""
+
+    name: ClassVar[str] = "one"
+
+    def merge(self, block: Block, facts: Any) -> Floats32:
+        return np.ones(1, np.float32)
+
+
+def test_a_method_that_gives_another_shape_is_refused() -> None:
+    inputs = [Input("1", ArrayDelta({"w": [0.5, 0.25]}))]
+    work = Job(ArraySource({"w": np.zeros(2)}), {"w": (2,)}, inputs, uniform(One, {}, [1.0]))
+    with Pool(1) as pool, pytest.raises(ConfigError) as caught:
+        list(work.in_order("w", pool, work.theta))
+    assert (caught.value.code, caught.value.got) == ("merge.wrong_shape", "(1,)")
