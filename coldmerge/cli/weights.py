@@ -78,9 +78,10 @@ def _compare(
 ) -> tuple[dict[str, Change], Sides | None, list[str]]:
     """Changes by tensor; for two folders how they were matched, and the buffers that differ."""
     from coldmerge.core import comparison
+    from coldmerge.core.adapters import is_adapter
     from coldmerge.core.algebra import Delta
     from coldmerge.core.checkpoint import Checkpoint
-    from coldmerge.core.deltas import is_adapter, open_delta
+    from coldmerge.core.deltas import open_delta
     from coldmerge.core.dtypes import FLOATS
     from coldmerge.core.progress import Counter
 

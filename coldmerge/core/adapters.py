@@ -58,6 +58,11 @@ class Target:
     transposed: bool
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is a PEFT adapter and not a model."""
+    return (folder / CONFIG).is_file()
+
+
 class Adapter:
     """An opened adapter folder: LoRA targets, and tensors saved whole (`modules_to_save`)."""
 

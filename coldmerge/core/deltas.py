@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coldmerge.core.adapters import CONFIG, Adapter
+from coldmerge.core.adapters import Adapter, is_adapter
 from coldmerge.core.algebra import Delta, check_fits
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.dtypes import Floats32
@@ -45,7 +45,10 @@ class Tuned:
 
 
 class AdapterDelta:
-    """A PEFT adapter folder: LoRA targets multiplied out, tensors saved whole minus the base."""
+    """A PEFT adapter folder: LoRA targets multiplied out, tensors saved whole minus the base.
+
+    Read it from one thread: the factors of the tensor asked for last are held.
+    """
 
     def __init__(self, base: Checkpoint, adapter: Adapter, base_digest: str = "") -> None:
         self._base, self._adapter = base, adapter
@@ -128,8 +131,3 @@ def open_vector(base: Checkpoint, path: Path, base_digest: str = "") -> TaskVect
         )
     check_fits(base, vector)
     return vector
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder is a PEFT adapter and not a model."""
-    return (path / CONFIG).is_file()

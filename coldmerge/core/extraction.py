@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from coldmerge.core.adapters import CONFIG, Adapter, Target
+from coldmerge.core.adapters import Adapter, Target, is_adapter
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.documents import Statistic, TensorEntry
 from coldmerge.core.dtypes import Floats32, blocks, size
@@ -93,7 +93,7 @@ def extract(
             kind, nothing changed, or a statistic is missing.
     """
     tuned, out = Path(tuned), Path(out)
-    adapter = Adapter(tuned) if (tuned / CONFIG).is_file() else None
+    adapter = Adapter(tuned) if is_adapter(tuned) else None
     read: Read
     targets: dict[str, Target] = {}
     if adapter is None:

@@ -8,9 +8,7 @@ floats give the same number, more slowly.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from math import ceil, floor, sqrt
 from typing import NamedTuple, overload
 
@@ -61,24 +59,6 @@ def kth_magnitude(
     else:
         found = _bracketed(read, size, ranks, block) or _counted(read, size, ranks, block)
     return found if isinstance(k, Sequence) else found[0]
-
-
-def concatenate(parts: Sequence[tuple[Read, int]]) -> tuple[Read, int]:
-    """Readers with their sizes as one reader of all their elements, end to end, and its size."""
-    ends = list(accumulate(size for _, size in parts))
-
-    def read(start: int, stop: int) -> Floats32:
-        out = np.empty(stop - start, np.float32)
-        at = start
-        while at < stop:
-            number = bisect_right(ends, at)
-            first = ends[number] - parts[number][1]
-            end = min(stop, ends[number])
-            out[at - start : end - start] = parts[number][0](at - first, end - first)
-            at = end
-        return out
-
-    return read, ends[-1] if ends else 0
 
 
 def _partition(values: Floats32, ranks: Sequence[int]) -> tuple[np.float32, ...]:

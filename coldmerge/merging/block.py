@@ -189,11 +189,6 @@ class View:
         block = self._job.block(self.names[0], 0, 0)
         return block.statistic(i, kind) if block.ships(i, kind) else None
 
-    def read(self, i: int, start: int, stop: int) -> Floats32:
-        """Elements [start, stop) of input `i` over the view, shape (stop - start,)."""
-        parts = [block.row(i) for block in self.between(start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
-
     def between(self, start: int, stop: int) -> list[Block]:
         """The blocks, one of each tensor, that hold elements [start, stop) of the view."""
         return [

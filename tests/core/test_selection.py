@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 
 from coldmerge.core import selection
 from coldmerge.core.dtypes import Floats32, from_float32, to_float32
-from coldmerge.core.selection import concatenate, kept, kth_magnitude
+from coldmerge.core.selection import kept, kth_magnitude
 
 MANY = selection.WHOLE * 3 + 17
 
@@ -166,15 +166,6 @@ def test_equal_values_are_counted_rather_than_collected(
         for rank in range(kept(density, MANY) - 1, kept(density, MANY) + 2):
             found = selection._bracketed(over(values), MANY, [rank], 2**16)
             assert found == (by_numpy(values, rank),)
-
-
-def test_tensors_end_to_end_are_one_vector() -> None:
-    parts = [normal(100_001, 1), np.zeros(0, np.float32), normal(150_000, 2), normal(7, 3)]
-    read, size = concatenate([(over(part), len(part)) for part in parts])
-    whole = np.concatenate(parts)
-    assert size == len(whole)
-    np.testing.assert_array_equal(read(100_000, size - 2), whole[100_000 : size - 2])
-    assert kth_magnitude(read, size, kept(0.2, size)) == by_numpy(whole, kept(0.2, size))
 
 
 def test_a_density_keeps_at_least_one() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-from coldmerge.core.adapters import CONFIG
+from coldmerge.core.adapters import CONFIG, is_adapter
 from coldmerge.core.algebra import Delta
 from coldmerge.core.checkpoint import Checkpoint, read_json
-from coldmerge.core.deltas import is_adapter, open_vector
+from coldmerge.core.deltas import open_vector
 from coldmerge.core.digests import content_entries
 from coldmerge.core.errors import CheckpointError, ConfigError, TaskVectorError
 from coldmerge.core.extraction import extract

@@ -1,7 +1,7 @@
 """What a plan file says, in mergekit's words: methods, models, parameters, types.
 
 Nothing is opened here but the plan itself. What cannot be done is refused by its name and
-line; what mergekit would ignore in silence is refused, too, or told in `Plan.notes`.
+line, and so is what mergekit would ignore in silence.
 """
 
 from __future__ import annotations
