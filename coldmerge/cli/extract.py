@@ -19,7 +19,7 @@ from coldmerge.cli.output import (
     print_rows,
     size,
 )
-from coldmerge.cli.weights import PANEL, BaseArgument, digest_of
+from coldmerge.cli.weights import PANEL, BaseArgument
 from coldmerge.core.errors import ConfigError, NotFoundError
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def _extract_full(
     trim: float | None,
     progress: Progress,
 ) -> Extraction:
+    from coldmerge.core.digests import digest_of
     from coldmerge.core.extraction import extract as write
     from coldmerge.core.progress import Counter
     from coldmerge.core.statistics import Wanted
@@ -200,6 +201,7 @@ def _extract_low_rank(
 ) -> LowRank:
     from coldmerge.core.adapter_writer import write_adapter
     from coldmerge.core.deltas import open_delta
+    from coldmerge.core.digests import digest_of
     from coldmerge.core.low_rank import factorize
     from coldmerge.core.progress import Counter
 

@@ -82,6 +82,7 @@ def _compare(
     from coldmerge.core.algebra import Delta
     from coldmerge.core.checkpoint import Checkpoint
     from coldmerge.core.deltas import open_delta
+    from coldmerge.core.digests import digest_of
     from coldmerge.core.dtypes import FLOATS
     from coldmerge.core.progress import Counter
 
@@ -163,6 +164,7 @@ def similarity(
     """Say how alike the changes of models against BASE are: cosines, and agreeing signs."""
     from coldmerge.core.checkpoint import Checkpoint
     from coldmerge.core.deltas import open_delta
+    from coldmerge.core.digests import digest_of
     from coldmerge.core.progress import Counter
     from coldmerge.core.similarity import similarity as compare
     from coldmerge.core.similarity import touched
@@ -301,12 +303,3 @@ def _maps(found: Similarity, per_layer: bool) -> list[Heatmap]:
         title = "Mean cosine with the others, by layer"
         maps.append(Heatmap(title, tuple(found.layers), labels, layers))
     return maps
-
-
-def digest_of(base: Checkpoint, progress: Progress) -> str:
-    """The content digest of a base, which takes reading it."""
-    from coldmerge.core.digests import content_entries
-    from coldmerge.core.progress import Counter
-
-    size = sum(spec.nbytes for spec in base.tensors.values())
-    return content_entries(base, Counter("hash", size, progress).add).digest

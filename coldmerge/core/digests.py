@@ -22,7 +22,7 @@ from coldmerge.core.documents import FileEntry, TensorEntry
 from coldmerge.core.dtypes import blocks
 from coldmerge.core.errors import IntegrityError
 from coldmerge.core.files import CHUNK_BYTES, PositionalFile
-from coldmerge.core.progress import Advance
+from coldmerge.core.progress import Advance, Counter, Progress, silent
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,13 @@ def content_entries(checkpoint: Checkpoint, progress: Advance | None = None) -> 
                 name=name, dtype=spec.dtype, shape=spec.shape, sha256=sha256, nbytes=spec.nbytes
             )
         )
-    files = tuple(_file_entry(checkpoint.folder, path) for path in checkpoint.files())
-    return Content(tuple(tensors), tuple(sorted(files, key=lambda entry: entry.path)))
+    return Content(tuple(tensors), file_entries(checkpoint))
+
+
+def digest_of(checkpoint: Checkpoint, progress: Progress = silent) -> str:
+    """The content digest of a folder, which takes reading it: the step `hash` of `progress`."""
+    total = sum(spec.nbytes for spec in checkpoint.tensors.values())
+    return content_entries(checkpoint, Counter("hash", total, progress).add).digest
 
 
 def tensor_digest(checkpoint: Checkpoint, name: str, progress: Advance | None = None) -> str:
@@ -103,9 +108,13 @@ def tensor_digest(checkpoint: Checkpoint, name: str, progress: Advance | None = 
     return digest.hexdigest()
 
 
-def _file_entry(folder: Path, path: Path) -> FileEntry:
-    digest, size = file_digest(folder / path)
-    return FileEntry(path=path.as_posix(), size=size, sha256=digest)
+def file_entries(checkpoint: Checkpoint) -> tuple[FileEntry, ...]:
+    """The files beside the weights of a folder with their hashes, sorted by path."""
+    found = []
+    for path in checkpoint.files():
+        digest, size = file_digest(checkpoint.folder / path)
+        found.append(FileEntry(path=path.as_posix(), size=size, sha256=digest))
+    return tuple(sorted(found, key=lambda entry: entry.path))
 
 
 def file_digest(path: Path) -> tuple[str, int]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from coldmerge.core.algebra import check_fits, common_base
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.checkpoint_writer import MAX_SHARD_BYTES, CheckpointWriter, Slots
-from coldmerge.core.digests import Content, file_digest
-from coldmerge.core.documents import FileEntry, TensorEntry
+from coldmerge.core.digests import Content, file_entries
+from coldmerge.core.documents import TensorEntry
 from coldmerge.core.dtypes import FLOATS, NUMPY, Floats32, blocks, from_float32, nbytes
 from coldmerge.core.errors import ResourceError
 from coldmerge.core.files import CHUNK_BYTES, existing
@@ -79,7 +79,7 @@ def merge(
         digests = (engine or on_this_machine)(work, threads, progress)
         for name in digests:
             writer.written_elsewhere(name)
-    return Content(tuple(_entries(planned, digests)), _files(Checkpoint.open(out)))
+    return Content(tuple(_entries(planned, digests)), file_entries(Checkpoint.open(out)))
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,6 @@ def on_this_machine(work: Work, threads: int | None, progress: Progress) -> dict
     with Pool(threads) as pool:
         work.job.survey(pool)
         return work.write(list(work.planned), pool, count.add)
-
-
-def _files(written: Checkpoint) -> tuple[FileEntry, ...]:
-    found = []
-    for path in written.files():
-        digest, length = file_digest(written.folder / path)
-        found.append(FileEntry(path=path.as_posix(), size=length, sha256=digest))
-    return tuple(sorted(found, key=lambda entry: entry.path))
 
 
 def _entries(planned: Iterable[Described], digests: Mapping[str, str]) -> list[TensorEntry]:

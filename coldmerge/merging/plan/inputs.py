@@ -12,10 +12,10 @@ from coldmerge.core.adapters import CONFIG, is_adapter
 from coldmerge.core.algebra import Delta
 from coldmerge.core.checkpoint import Checkpoint, read_json
 from coldmerge.core.deltas import open_vector
-from coldmerge.core.digests import content_entries
+from coldmerge.core.digests import digest_of
 from coldmerge.core.errors import CheckpointError, ConfigError, TaskVectorError
 from coldmerge.core.extraction import extract
-from coldmerge.core.progress import Counter, Progress, silent
+from coldmerge.core.progress import Progress, silent
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.merging.merger import BaseRole
 from coldmerge.merging.plan.fitting import Adapted, Fitter
@@ -78,7 +78,8 @@ class Opened:
         self._base_place = base
         with _told_where(plan.base or plan.models[found.index(base)]):
             self.base = self._folder(base.path)
-        self._digest = self._digest_if_needed(found)
+        tied = any(place.path.is_file() for place in found)  # to a release, by its digest
+        self._digest = digest_of(self.base, self._progress) if tied else ""
         self._fitter = Fitter(self.base, self._digest, self._by_token, self.notes)
         counts = origin is None or plan.method.base_role is BaseRole.INPUT
         chosen: list[tuple[int | None, Named, Place]] = [
@@ -144,14 +145,6 @@ class Opened:
                 hint="List the fine-tuned models under `models:`.",
                 at=plan.method_at,
             )
-
-    def _digest_if_needed(self, found: Sequence[Place]) -> str:
-        """The base's content digest, which takes reading it, if a task vector names one."""
-        if not any(place.path.is_file() for place in found):
-            return ""
-        total = sum(spec.nbytes for spec in self.base.tensors.values())
-        count = Counter("hash", total, self._progress)
-        return content_entries(self.base, count.add).digest
 
     def _folder(self, path: Path) -> Checkpoint:
         if path not in self._folders:
