@@ -154,11 +154,10 @@ def _engine(name: EngineName) -> Engine | None:
 
 
 def _card(plan: Plan, opened: Opened, folder: Path) -> str:
-    import inspect
-
     from coldmerge import __version__
     from coldmerge.core.dtypes import FLOATS
     from coldmerge.core.errors import CheckpointError
+    from coldmerge.merging.plan.describe import describe
     from coldmerge.report.merge_card import MergeFacts, merge_card
 
     tensors = opened.base.tensors.values()
@@ -171,7 +170,7 @@ def _card(plan: Plan, opened: Opened, folder: Path) -> str:
         MergeFacts(
             name=folder.absolute().name,
             method=plan.method.name,
-            paper=(inspect.getdoc(plan.method) or "").split("\n", 1)[0],
+            paper=describe(plan.method).paper,
             base=plan.base.name if plan.base else None,
             inputs=[item.label for item in opened.inputs],
             recipe=plan.text,

@@ -45,7 +45,39 @@ def heatmaps(maps: Sequence[Heatmap]) -> Spec:
 
 
 def _map(one: Heatmap) -> alt.LayerChart:
-    cells = [
+    # A picture of many models stays on the screen: cells shrink, and their numbers with them.
+    width = max(26, min(CELL, MOST_PIXELS // max(1, len(one.columns))))
+    height = max(22, min(width, 34 if len(one.rows) > 12 else CELL))
+    longest = max((len(label) for label in one.columns), default=0)
+    slant = -40 if longest * 8 > width else 0
+    base = alt.Chart(alt.Data(values=_cells(one))).encode(
+        x=alt.X(
+            "column:N",
+            sort=list(one.columns),
+            title=None,
+            axis=alt.Axis(orient="top", labelAngle=slant),
+        ),
+        y=alt.Y("row:N", sort=list(one.rows), title=None),
+        tooltip=[
+            alt.Tooltip("row:N"),
+            alt.Tooltip("column:N"),
+            alt.Tooltip("value:Q", format=".4f"),
+        ],
+    )
+    ticks = [one.low + part * (1 - one.low) for part in (0, 0.25, 0.5, 0.75, 1)]
+    scale = alt.Scale(domain=ticks, range=_RANGE, interpolate="rgb", clamp=True)
+    legend = alt.Legend(title=None, values=ticks[::2], format=".1f", gradientLength=110)
+    squares = base.mark_rect(stroke="white", strokeWidth=2).encode(
+        color=alt.Color("value:Q", scale=scale, legend=legend)
+    )
+    numbers = _numbers(base, ticks, 13 if width >= 44 else 10)
+    return alt.layer(squares, *numbers).properties(
+        title=one.title, width=width * len(one.columns), height=height * len(one.rows)
+    )
+
+
+def _cells(one: Heatmap) -> list[dict[str, object]]:
+    return [
         {
             "row": row,
             "column": column,
@@ -55,46 +87,20 @@ def _map(one: Heatmap) -> alt.LayerChart:
         for row, values in zip(one.rows, one.values, strict=True)
         for column, value in zip(one.columns, values, strict=True)
     ]
-    # A picture of many models stays on the screen: cells shrink, and their numbers with them.
-    width = max(26, min(CELL, MOST_PIXELS // max(1, len(one.columns))))
-    height = max(22, min(width, 34 if len(one.rows) > 12 else CELL))
-    longest = max((len(label) for label in one.columns), default=0)
-    slanted = longest * 8 > width
-    base = alt.Chart(alt.Data(values=cells)).encode(
-        x=alt.X(
-            "column:N",
-            sort=list(one.columns),
-            title=None,
-            axis=alt.Axis(orient="top", labelAngle=-40 if slanted else 0),
-        ),
-        y=alt.Y("row:N", sort=list(one.rows), title=None),
-        tooltip=[
-            alt.Tooltip("row:N"),
-            alt.Tooltip("column:N"),
-            alt.Tooltip("value:Q", format=".4f"),
-        ],
-    )
-    reach = 1 - one.low
-    ticks = [one.low + part * reach for part in (0, 0.25, 0.5, 0.75, 1)]
-    scale = alt.Scale(domain=ticks, range=_RANGE, interpolate="rgb", clamp=True)
-    legend = alt.Legend(title=None, values=ticks[::2], format=".1f", gradientLength=110)
-    squares = base.mark_rect(stroke="white", strokeWidth=2).encode(
-        color=alt.Color("value:Q", scale=scale, legend=legend)
-    )
-    size = 13 if width >= 44 else 10
-    depth = f"abs(datum.value - {ticks[2]}) / {reach / 2}"
-    inks = {"white": f"{depth} > 0.72", INK: f"{depth} <= 0.72"}
-    numbers = [
-        base.transform_filter(f"isValid(datum.value) && {which}")
-        .mark_text(fontSize=size, color=ink)
-        .encode(text="label:N")
-        for ink, which in inks.items()
+
+
+def _numbers(base: alt.Chart, ticks: Sequence[float], size: int) -> list[alt.Chart]:
+    """The cells' labels: white on the dark ends of the scale, a muted dash where none is."""
+    depth = f"abs(datum.value - {ticks[2]}) / {ticks[4] - ticks[2]}"
+    inks = {
+        f"isValid(datum.value) && {depth} > 0.72": "white",
+        f"isValid(datum.value) && {depth} <= 0.72": INK,
+        "!isValid(datum.value)": MUTED,
+    }
+    return [
+        base.transform_filter(where).mark_text(fontSize=size, color=ink).encode(text="label:N")
+        for where, ink in inks.items()
     ]
-    gaps = base.transform_filter("!isValid(datum.value)").mark_text(fontSize=size, color=MUTED)
-    numbers.append(gaps.encode(text="label:N"))
-    return alt.layer(squares, *numbers).properties(
-        title=one.title, width=width * len(one.columns), height=height * len(one.rows)
-    )
 
 
 def write_picture(title: str, caption: str, maps: Sequence[Heatmap], path: Path) -> None:
