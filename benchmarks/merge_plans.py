@@ -71,8 +71,11 @@ def plan(method: Method, inputs: Inputs, dtype: str) -> str:
     body: dict[str, Any] = {"merge_method": method.word, "models": models, "dtype": "float32"}
     if method.base:
         body["base_model"] = str(inputs.base)
-    if method.shared:
-        body["parameters"] = dict(method.shared)
+    shared = dict(method.shared)
+    if method.inputs == TRIM and inputs.sources[0].is_file():  # task vectors: ours
+        shared["thresholds"] = "shipped"
+    if shared:
+        body["parameters"] = shared
     if dtype != "float32":
         body["out_dtype"] = dtype
     return yaml.safe_dump(body, sort_keys=False)

@@ -78,6 +78,16 @@ def test_plans_name_the_base_only_where_the_method_has_one(tmp_path: Path) -> No
     ties = yaml.safe_load(plan(METHODS["ties"], inputs, "bfloat16"))
     assert ties["base_model"] == str(tmp_path / "base")
     assert ties["models"][1]["parameters"] == {"weight": 1.0, "density": 0.2}
+
+
+def test_shipped_thresholds_are_asked_for_where_inputs_ship_them(tmp_path: Path) -> None:
+    vector = tmp_path / "a.safetensors"
+    vector.write_bytes(b"")
+    trim = METHODS["ties_trim"]
+    ours = yaml.safe_load(plan(trim, Inputs(tmp_path / "base", [vector]), "float32"))
+    assert ours["parameters"] == {"thresholds": "shipped"}
+    theirs = yaml.safe_load(plan(trim, Inputs(tmp_path / "base", [tmp_path]), "float32"))
+    assert "parameters" not in theirs
     assert (ties["dtype"], ties["out_dtype"]) == ("float32", "bfloat16")
 
 
