@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -36,12 +37,14 @@ def merger_class(name: str) -> type[Merger]:
     if name not in found:
         found = _plugins(name)
     if name not in found:
+        close = get_close_matches(name, method_names(), 1)
         raise ConfigError(
             "merge.unknown_method",
             f"There is no merge method {name}.",
             expected=" | ".join(method_names()),
             got=name,
-            hint="`coldmerge methods` says what each one does.",
+            hint=(f"Did you mean `{close[0]}`? " if close else "")
+            + "`coldmerge methods` says what each one does.",
         )
     return found[name]
 

@@ -55,6 +55,12 @@ def test_an_unknown_method_lists_the_known_ones() -> None:
     assert "linear | " in (caught.value.expected or "")
 
 
+def test_a_mistyped_method_is_guessed() -> None:
+    with pytest.raises(ColdmergeError) as caught:
+        merger("tise")
+    assert caught.value.hint.startswith("Did you mean `ties`?")
+
+
 def test_a_parameter_out_of_range_and_an_unknown_one_are_refused() -> None:
     for parameters in ({"lambda": float("nan")}, {"lamda": 1.0}):
         with pytest.raises(ColdmergeError) as caught:
