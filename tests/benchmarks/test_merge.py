@@ -78,6 +78,7 @@ def test_plans_name_the_base_only_where_the_method_has_one(tmp_path: Path) -> No
     ties = yaml.safe_load(plan(METHODS["ties"], inputs, "bfloat16"))
     assert ties["base_model"] == str(tmp_path / "base")
     assert ties["models"][1]["parameters"] == {"weight": 1.0, "density": 0.2}
+    assert (ties["dtype"], ties["out_dtype"]) == ("float32", "bfloat16")
 
 
 def test_shipped_thresholds_are_asked_for_where_inputs_ship_them(tmp_path: Path) -> None:
@@ -88,7 +89,6 @@ def test_shipped_thresholds_are_asked_for_where_inputs_ship_them(tmp_path: Path)
     assert ours["parameters"] == {"thresholds": "shipped"}
     theirs = yaml.safe_load(plan(trim, Inputs(tmp_path / "base", [tmp_path]), "float32"))
     assert "parameters" not in theirs
-    assert (ties["dtype"], ties["out_dtype"]) == ("float32", "bfloat16")
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones(
