@@ -13,7 +13,7 @@ from coldmerge.core.dtypes import Floats64
 from coldmerge.core.errors import ConfigError
 from coldmerge.merging.block import Block, View
 from coldmerge.merging.gram import base_and_deltas, gram, of_weights
-from coldmerge.merging.merger import Merger, PerInput, Scope, Share
+from coldmerge.merging.merger import BaseRole, Merger, PerInput, Scope, Share
 
 
 class Unweighted(PerInput):
@@ -49,6 +49,21 @@ class Combination(Merger):
     def merge(self, block: Block, facts: Floats64) -> Floats64:
         """The combination, summed in float64."""
         return combined(block, facts)
+
+
+class Turning(Combination):
+    """A combination on a sphere around the base, or around zero where a plan names no base."""
+
+    base_role: ClassVar[BaseRole] = BaseRole.OPTIONAL
+
+    origin: Literal["base", "zero"] = Field(
+        default="base", description="Turn task vectors (base), or the weights themselves (zero)."
+    )
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether the weights themselves are turned."""
+        return self.origin == "zero"
 
 
 class Robust(Combination):

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from coldmerge.core.dtypes import Floats64
 from coldmerge.core.errors import ConfigError
-from coldmerge.merging.combination import Combination
+from coldmerge.merging.combination import Turning
 from coldmerge.merging.gram import norms
-from coldmerge.merging.merger import BaseRole
 from coldmerge.merging.methods.linear import sum_of_weights
 
 NOISE = 1e-7
 """Length of a mean of unit vectors that float64 does not tell from zero by a Gram matrix."""
 
 
-class Multislerp(Combination):
+class Multislerp(Turning):
     """Multi-SLERP (goddard.blog/posts/multislerp-wow-what-a-cool-idea): a mean of directions.
 
     The mean of the unit vectors, as long as the mean of the lengths. The step in the tangent
@@ -27,18 +26,9 @@ class Multislerp(Combination):
     """
 
     name: ClassVar[str] = "multislerp"
-    base_role: ClassVar[BaseRole] = BaseRole.OPTIONAL
 
     normalize_weights: bool = Field(default=True, description="Divide weights by their sum.")
     eps: float = Field(default=1e-8, gt=0, description="Added to lengths before dividing.")
-    origin: Literal["base", "zero"] = Field(
-        default="base", description="Turn task vectors (base), or the weights themselves (zero)."
-    )
-
-    @property
-    def from_zero(self) -> bool:
-        """Whether the weights themselves are turned."""
-        return self.origin == "zero"
 
     def coefficients(self, inner: Floats64, weights: Floats64) -> Floats64:
         """Those of the mean direction.

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from coldmerge.core.dtypes import Floats32, Floats64, size
 from coldmerge.merging.block import Block, View
-from coldmerge.merging.combination import Combination, combined, wrong_count
-from coldmerge.merging.merger import BaseRole, Cut
+from coldmerge.merging.combination import Turning, combined, wrong_count
+from coldmerge.merging.merger import Cut
 from coldmerge.merging.methods.slerp import arc
 
 STRAIGHT = 1 - 2.0**-25
 """The largest cosine that float32, mergekit's precision, tells from one."""
 
 
-class Nuslerp(Combination):
+class Nuslerp(Turning):
     """Slerp (Shoemake, 1985) between two models by weight, around the base or zero.
 
     mergekit's `nuslerp`, whose base is the origin if there is one.
@@ -25,21 +25,12 @@ class Nuslerp(Combination):
 
     name: ClassVar[str] = "nuslerp"
     cut: ClassVar[Cut] = Cut.ROWS
-    base_role: ClassVar[BaseRole] = BaseRole.OPTIONAL
 
     nuslerp_flatten: bool = Field(default=True, description="Take each tensor as one vector.")
     nuslerp_row_wise: bool = Field(
         default=False,
         description="Where not flattened: vectors lie along the first axis, not the last.",
     )
-    origin: Literal["base", "zero"] = Field(
-        default="base", description="Turn task vectors (base), or the weights themselves (zero)."
-    )
-
-    @property
-    def from_zero(self) -> bool:
-        """Whether the weights themselves are turned."""
-        return self.origin == "zero"
 
     def check_inputs(self, count: int) -> None:
         """Two models.
