@@ -57,7 +57,6 @@ class SparseMerger(Merger):
         default=False, description="Scale what was kept of a tensor to the L1 norm it had."
     )
     lambda_: float = Field(default=1.0, alias="lambda", description="Scale of the merged delta.")
-    int8_mask: bool = Field(default=False, description="A word of mergekit: changes nothing.")
 
     @abstractmethod
     def mask(self, block: Block, i: int, tau: Floats32, fact: Any) -> Mask | None:
@@ -213,7 +212,11 @@ def kth_magnitudes(
         known = found[i]
         if known is not None:
             return known
-        read = lambda start, stop: _between(view, rows, len(ranks), start, stop)[i]  # noqa: E731
+
+        def read(start: int, stop: int) -> Floats32:
+            row: Floats32 = _between(view, rows, len(ranks), start, stop)[i]
+            return row
+
         return kth_magnitude(read, view.size, ranks[i])
 
     return view.map_inputs(alone)

@@ -50,7 +50,6 @@ class Sce(Merger):
         description="Share that is selected, those of most variance, of the entries that vary "
         "between inputs; 1: all entries.",
     )
-    int8_mask: bool = Field(default=False, description="A word of mergekit: changes nothing.")
 
     def measure(self, view: View) -> Known:
         """The threshold of the variance, then the weights by what it selects."""

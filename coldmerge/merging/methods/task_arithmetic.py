@@ -33,7 +33,6 @@ class TaskArithmetic(Merger):
 
     normalize: bool = Field(default=False, description="Divide by the sum of the weights.")
     lambda_: float = Field(default=1.0, alias="lambda", description="Scale of the merged delta.")
-    int8_mask: bool = Field(default=False, description="A word of mergekit: changes nothing.")
 
     def merge(self, block: Block, facts: Any) -> Floats32:
         """The sum, in float32 as mergekit computes it.
