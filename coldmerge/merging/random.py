@@ -9,22 +9,19 @@ import numpy.typing as npt
 
 Bits = npt.NDArray[np.uint32]
 
-_STEP = 8
-"""32-bit numbers that one step of the Philox counter gives."""
-
 
 def bits(seed: int, name: str, key: str, start: int, stop: int) -> Bits:
     """Uniform 32-bit numbers for elements [start, stop) of tensor `name` of input `key`.
 
-    Element by element the same for every range that holds it. Philox 4x64 counts in eights;
-    its key is a digest of the seed and the two names.
+    Element by element the same for every range that holds it: PCG64 DXSM jumps ahead to any
+    place. Its seed is a digest of `seed` and the two names. A draw gives two elements.
     """
     digest = hashlib.sha256(f"{seed}\0{name}\0{key}".encode()).digest()
-    skip = start % _STEP
-    source = np.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=start // _STEP)
-    # `random_raw` gives the same numbers, but holds the interpreter's lock meanwhile
-    drawn = np.random.Generator(source).integers(0, 2**32, stop - start + skip, dtype=np.uint32)
-    return drawn[skip:]
+    source = np.random.PCG64DXSM(int.from_bytes(digest[:16], "little")).advance(start // 2)
+    draws = -(-stop // 2) - start // 2
+    # `random_raw` would give the same numbers, but hold the interpreter's lock meanwhile
+    pairs = np.random.Generator(source).integers(0, 2**64, draws, dtype=np.uint64)
+    return pairs.astype("<u8", copy=False).view("<u4")[start % 2 : start % 2 + stop - start]
 
 
 def below(probability: npt.ArrayLike) -> npt.NDArray[np.uint32]:
