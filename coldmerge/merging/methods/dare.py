@@ -22,6 +22,8 @@ class Dare(SparseMerger):
         "(mergekit issue 258)"
     )
 
+    block: ClassVar[int] = 2**18
+
     rescale: bool = Field(default=True, description="Scale up what was kept.")
     rescale_by: Literal["norm", "density"] = Field(
         default="norm",
