@@ -58,7 +58,7 @@ def run(options: Options, tell: Tell = silent) -> DemoResult:
     options.check()
     started = time.monotonic()
     with ExitStack() as cleanup:
-        cleanup.enter_context(_terminated_is_interrupted())
+        tell = _attentive(tell, cleanup.enter_context(_interrupted()))
         folder = _folder(options, cleanup)
         many = options.seeds > 1
         found = []
@@ -219,17 +219,38 @@ def _next(options: Options) -> str:
 
 
 @contextmanager
-def _terminated_is_interrupted() -> Iterator[None]:
-    """SIGTERM raises, like Ctrl-C, so that the processes are ended on the way out."""
+def _interrupted() -> Iterator[threading.Event]:
+    """Make SIGTERM an interrupt as Ctrl-C is, and note either in the event.
+
+    An interrupt that arrives while a finalizer or a callback of a library runs is swallowed
+    there: whoever goes on must look at the event.
+    """
+    noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield noted
         return
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
+        noted.set()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, interrupt) for number in numbers]
     try:
-        yield
+        yield noted
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if noted.is_set():
+        raise KeyboardInterrupt
+
+
+def _attentive(tell: Tell, interrupted: threading.Event) -> Tell:
+    """`tell`, which ends the main thread's work once an interrupt was noted."""
+
+    def say(line: str) -> None:
+        tell(line)
+        if interrupted.is_set() and threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+
+    return say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -126,3 +127,18 @@ def test_however_it_is_ended_no_process_stays(kept: Path, number: signal.Signals
         assert demo.wait(PATIENCE) != 0
     if number != signal.SIGKILL:
         assert processes_of(kept) == []
+
+
+def test_an_interrupt_that_a_finalizer_swallows_ends_the_demo_at_its_next_step(kept: Path) -> None:
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if len(told) == 1:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Options(tiny=True, rounds=1, keep=kept), tell)
+    assert len(told) == 1
+    assert processes_of(kept) == []
