@@ -89,7 +89,7 @@ def check(
     votes: npt.NDArray[Any] = np.ones(stack.shape, bool)
     if elects:
         total = stack.sum(axis=0)
-        open_ = (np.abs(total) < 1e-5 * np.abs(stack).sum(axis=0)) & (total != 0)
+        open_ = np.abs(total) < 1e-5 * np.abs(stack).sum(axis=0)  # rounding decides
         votes = np.sign(stack) == np.where(total >= 0, 1, -1)
     expected = (stack * votes).sum(axis=0)
     if normalize:

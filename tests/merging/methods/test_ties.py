@@ -156,3 +156,9 @@ def test_a_shipped_threshold_that_is_no_number_is_refused(threshold: float) -> N
     with pytest.raises(ColdmergeError) as caught:
         merged("ties", {"w": np.zeros(3)}, [shipped], {"thresholds": "shipped"})
     assert caught.value.code == "merge.statistic_not_finite"
+
+
+def test_where_both_signs_have_the_same_mass_plus_wins() -> None:
+    taus = [{"w": [3.0, -2.0]}, {"w": [-3.0, 2.0]}]
+    found = merged("ties", {"w": np.zeros(2)}, taus)
+    np.testing.assert_array_equal(found["w"], [3, 2])
