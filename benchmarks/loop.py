@@ -21,6 +21,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypedDict
 
 from benchmarks import synthetic
 from benchmarks.memory import Sampler, children
@@ -90,7 +91,8 @@ class Loop:
     def watch_coordinator(self) -> None:
         """The API with the driver in it, and the worker that it has started."""
         process = self.federation.hub.process
-        assert process is not None  # noqa: S101 - it was started just before
+        if process is None:
+            raise SystemExit("the coordinator is not running")
         self.sampler.watch("coordinator", process.pid)
         (worker,) = until("the worker", lambda: children(process.pid))
         self.sampler.watch("worker", worker)
@@ -146,8 +148,18 @@ def run_loop(loop: Loop, contributions: int) -> list[Phase]:
     return loop.phases
 
 
-def benchmark(nbytes: int, contributions: int, within: Path | None) -> dict[str, object]:
-    """All figures of one run, JSON-ready. Files are removed at the end."""
+class Figures(TypedDict):
+    """All figures of one run, JSON-ready: peaks in bytes, by process."""
+
+    bytes: int
+    tensors: int
+    contributions: int
+    phases: list[dict[str, Any]]
+    peak_private_bytes: dict[str, int]
+
+
+def benchmark(nbytes: int, contributions: int, within: Path | None) -> Figures:
+    """All figures of one run. Files are removed at the end."""
     with tempfile.TemporaryDirectory(prefix="coldmerge-bench-", dir=within) as name:
         federation = Federation.make(Path(name))
         try:
@@ -169,12 +181,9 @@ def benchmark(nbytes: int, contributions: int, within: Path | None) -> dict[str,
     }
 
 
-def print_table(figures: dict[str, object]) -> None:
+def print_table(figures: Figures) -> None:
     """One row per phase: seconds, and the peak of each process in MB."""
-    phases = figures["phases"]
-    peaks = figures["peak_private_bytes"]
-    assert isinstance(phases, list)  # noqa: S101 - our own figures
-    assert isinstance(peaks, dict)  # noqa: S101
+    phases, peaks = figures["phases"], figures["peak_private_bytes"]
     rows: list[dict[str, object]] = [
         {
             "phase": phase["phase"],

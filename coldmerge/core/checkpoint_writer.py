@@ -114,7 +114,6 @@ class CheckpointWriter:
         self.slots = Slots({})
         self._written: dict[str, int] = {}
         self._headers: dict[Path, bytes] = {}
-        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -188,22 +187,8 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the tensor was not declared, or would become too long.
         """
-        self.write_at(name, self._written.get(name, 0), block)
-
-    def write_at(
-        self,
-        name: str,
-        at: int,
-        block: bytes | bytearray | memoryview | npt.NDArray[np.generic],
-    ) -> None:
-        """Write at byte `at` of a declared tensor, from any thread; each byte once.
-
-        Raises:
-            CheckpointError: the tensor was not declared, or would become too long.
-        """
-        written = self.slots.write_at(name, at, block)
-        with self._lock:
-            self._written[name] += written
+        at = self._written.get(name, 0)
+        self._written[name] = at + self.slots.write_at(name, at, block)
 
     def written_elsewhere(self, name: str) -> None:
         """Count a tensor that another process wrote whole, through `slots`."""

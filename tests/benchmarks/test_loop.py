@@ -3,7 +3,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +18,7 @@ def within() -> Iterator[Path]:
 
 
 def test_a_small_run_measures_every_phase(within: Path) -> None:
-    figures: dict[str, Any] = benchmark(8_000_000, 1, within)
+    figures = benchmark(8_000_000, 1, within)
     assert [phase["phase"] for phase in figures["phases"]] == [
         "import",
         "pull",

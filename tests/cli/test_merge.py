@@ -54,7 +54,7 @@ def test_a_merged_folder_is_a_model_with_its_tokenizer_a_card_and_a_digest(
     assert (out / "tokenizer.json").read_bytes() == (tmp_path / "base/tokenizer.json").read_bytes()
     assert {str(array.dtype) for array in stored(out).values()} == {"bfloat16"}
     card = ModelCard.load(out / "README.md")
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     assert PLAN in card.text
     assert "`ties`" in card.text
 
