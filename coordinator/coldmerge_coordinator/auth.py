@@ -30,6 +30,7 @@ _EVERYONE = frozenset(ROLES)
 _JUDGES = frozenset({"contributor", "evaluator", "admin"})
 _SENDERS = frozenset({"contributor", "admin"})
 _READERS = frozenset({"contributor", "auditor", "admin"})
+_OVERSEERS = frozenset({"auditor", "admin"})
 _ADMINS = frozenset({"admin"})
 
 
@@ -41,7 +42,15 @@ ALLOWED: dict[str, frozenset[str]] = {
     **_methods(
         "Models",
         dict.fromkeys(
-            ("ListModels", "GetRelease", "ListReleases", "WatchReleases", "ReadBlob"), _EVERYONE
+            (
+                "ListModels",
+                "GetRelease",
+                "ListReleases",
+                "WatchReleases",
+                "ListKeys",
+                "ReadBlob",
+            ),
+            _EVERYONE,
         ),
     ),
     **_methods(
@@ -54,6 +63,17 @@ ALLOWED: dict[str, frozenset[str]] = {
             **dict.fromkeys(("Begin", "Write", "QueryWriteStatus", "Commit", "Withdraw"), _SENDERS),
             "Get": _READERS,
             "List": _READERS,
+        },
+    ),
+    **_methods("Audit", {"Checkpoint": _EVERYONE, "Prove": _EVERYONE, "Read": _OVERSEERS}),
+    **_methods(
+        "Screening",
+        {
+            "ListQuarantine": _OVERSEERS,
+            "Accept": _ADMINS,
+            "Refuse": _ADMINS,
+            "GetReport": _OVERSEERS,
+            "GetHistory": _READERS,
         },
     ),
     **_methods(
@@ -69,6 +89,7 @@ ALLOWED: dict[str, frozenset[str]] = {
                 "ExtendRound",
                 "ResolveRound",
                 "Rollback",
+                "Remerge",
                 "ListRoundContributions",
             ),
             _ADMINS,

@@ -7,8 +7,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import select
-
 from coldmerge.core import documents
 from coldmerge.core.checkpoint_writer import MAX_SHARD_BYTES, CheckpointWriter
 from coldmerge.core.digests import Content
@@ -17,10 +15,10 @@ from coldmerge.core.errors import IntegrityError
 from coldmerge.core.progress import Advance, Counter, Progress, silent
 from coldmerge.core.release_file import RELEASE_FILE, render_release_file
 from coldmerge.report.model_card import CardFacts, model_card
-from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.store import Store, rounds
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.blobs import BlobStore
-from coldmerge_coordinator.store.models import Evaluation
+from coldmerge_coordinator.store.models import Round
 
 CARD = "README.md"
 
@@ -88,7 +86,8 @@ def _load(store: Store, model: str, number: int | None) -> _Release:
         else:
             row = release_table.get_release(session, model, number)
         record = release_table.get_record(row)
-        reported = session.scalars(select(Evaluation).where(Evaluation.round == record.round))
+        merged = session.get(Round, record.round) if record.round else None
+        reported = rounds.evaluations_of(session, merged) if merged else []
         return _Release(
             record=record,
             signed=release_table.signed_record(row),

@@ -33,32 +33,36 @@ class InviteResponse(_message.Message):
     def __init__(self, invitation: _Optional[str] = ..., fingerprint: _Optional[str] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class Machine(_message.Message):
-    __slots__ = ("name", "enrolled_at", "last_seen_at", "client_version", "revoked")
+    __slots__ = ("name", "enrolled_at", "last_seen_at", "client_version", "revoked", "revoked_reason")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ENROLLED_AT_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_AT_FIELD_NUMBER: _ClassVar[int]
     CLIENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     REVOKED_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_REASON_FIELD_NUMBER: _ClassVar[int]
     name: str
     enrolled_at: _timestamp_pb2.Timestamp
     last_seen_at: _timestamp_pb2.Timestamp
     client_version: str
     revoked: bool
-    def __init__(self, name: _Optional[str] = ..., enrolled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_seen_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., client_version: _Optional[str] = ..., revoked: _Optional[bool] = ...) -> None: ...
+    revoked_reason: str
+    def __init__(self, name: _Optional[str] = ..., enrolled_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_seen_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., client_version: _Optional[str] = ..., revoked: _Optional[bool] = ..., revoked_reason: _Optional[str] = ...) -> None: ...
 
 class Contributor(_message.Message):
-    __slots__ = ("name", "role", "revoked", "machines", "contributions")
+    __slots__ = ("name", "role", "revoked", "machines", "contributions", "revoked_reason")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     REVOKED_FIELD_NUMBER: _ClassVar[int]
     MACHINES_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_REASON_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     revoked: bool
     machines: _containers.RepeatedCompositeFieldContainer[Machine]
     contributions: int
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., revoked: _Optional[bool] = ..., machines: _Optional[_Iterable[_Union[Machine, _Mapping]]] = ..., contributions: _Optional[int] = ...) -> None: ...
+    revoked_reason: str
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., revoked: _Optional[bool] = ..., machines: _Optional[_Iterable[_Union[Machine, _Mapping]]] = ..., contributions: _Optional[int] = ..., revoked_reason: _Optional[str] = ...) -> None: ...
 
 class ListContributorsRequest(_message.Message):
     __slots__ = ()
@@ -124,8 +128,18 @@ class RollbackRequest(_message.Message):
     reason: str
     def __init__(self, model: _Optional[str] = ..., number: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class RemergeRequest(_message.Message):
+    __slots__ = ("model", "without", "reason")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    without: _containers.RepeatedScalarFieldContainer[str]
+    reason: str
+    def __init__(self, model: _Optional[str] = ..., without: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class AdmittedContribution(_message.Message):
-    __slots__ = ("id", "contributor", "manifest_digest", "payload_bytes", "examples", "norm", "accepted_at", "state")
+    __slots__ = ("id", "contributor", "manifest_digest", "payload_bytes", "examples", "norm", "accepted_at", "state", "reason")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTOR_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +148,7 @@ class AdmittedContribution(_message.Message):
     NORM_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_AT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     id: str
     contributor: str
     manifest_digest: str
@@ -142,7 +157,8 @@ class AdmittedContribution(_message.Message):
     norm: float
     accepted_at: _timestamp_pb2.Timestamp
     state: str
-    def __init__(self, id: _Optional[str] = ..., contributor: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., norm: _Optional[float] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ...) -> None: ...
+    reason: str
+    def __init__(self, id: _Optional[str] = ..., contributor: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., norm: _Optional[float] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ListRoundContributionsResponse(_message.Message):
     __slots__ = ("contributions",)

@@ -83,6 +83,11 @@ class AdminStub:
                 request_serializer=coldmerge_dot_wire_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.Release.FromString,
                 _registered_method=True)
+        self.Remerge = channel.unary_unary(
+                '/coldmerge.v1.Admin/Remerge',
+                request_serializer=coldmerge_dot_wire_dot_v1_dot_admin__pb2.RemergeRequest.SerializeToString,
+                response_deserializer=coldmerge_dot_wire_dot_v1_dot_common__pb2.Round.FromString,
+                _registered_method=True)
         self.ListRoundContributions = channel.unary_unary(
                 '/coldmerge.v1.Admin/ListRoundContributions',
                 request_serializer=coldmerge_dot_wire_dot_v1_dot_admin__pb2.RoundAction.SerializeToString,
@@ -158,6 +163,15 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Remerge(self, request, context):
+        """Build the model's next release from the rounds since some contributions were merged,
+        without them: a round that starts SEALED and goes through the gate like any other.
+        FAILED_PRECONDITION while a round is active, or when inputs of those rounds were erased.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRoundContributions(self, request, context):
         """What one round admitted: who, how large, with which norm.
         """
@@ -212,6 +226,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=coldmerge_dot_wire_dot_v1_dot_admin__pb2.RollbackRequest.FromString,
                     response_serializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.Release.SerializeToString,
+            ),
+            'Remerge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Remerge,
+                    request_deserializer=coldmerge_dot_wire_dot_v1_dot_admin__pb2.RemergeRequest.FromString,
+                    response_serializer=coldmerge_dot_wire_dot_v1_dot_common__pb2.Round.SerializeToString,
             ),
             'ListRoundContributions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRoundContributions,
@@ -464,6 +483,33 @@ class Admin:
             '/coldmerge.v1.Admin/Rollback',
             coldmerge_dot_wire_dot_v1_dot_admin__pb2.RollbackRequest.SerializeToString,
             coldmerge_dot_wire_dot_v1_dot_models__pb2.Release.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Remerge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coldmerge.v1.Admin/Remerge',
+            coldmerge_dot_wire_dot_v1_dot_admin__pb2.RemergeRequest.SerializeToString,
+            coldmerge_dot_wire_dot_v1_dot_common__pb2.Round.FromString,
             options,
             channel_credentials,
             insecure,

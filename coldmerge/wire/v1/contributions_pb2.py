@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from coldmerge.wire.v1 import common_pb2 as coldmerge_dot_wire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%coldmerge/wire/v1/contributions.proto\x12\x0c\x63oldmerge.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1e\x63oldmerge/wire/v1/common.proto\">\n\x0c\x42\x65ginRequest\x12.\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.coldmerge.v1.SignedDocument\"}\n\rBeginResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ommitted_size\x18\x02 \x01(\x03\x12\x12\n\ntotal_size\x18\x03 \x01(\x03\x12-\n\x07receipt\x18\x04 \x01(\x0b\x32\x1c.coldmerge.v1.SignedDocument\"E\n\x0cWriteRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.coldmerge.v1.Chunk\"\'\n\rWriteResponse\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x03\",\n\x17QueryWriteStatusRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\"9\n\x0bWriteStatus\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x03\x12\x12\n\ntotal_size\x18\x02 \x01(\x03\"\"\n\rCommitRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\"?\n\x0e\x43ommitResponse\x12-\n\x07receipt\x18\x01 \x01(\x0b\x32\x1c.coldmerge.v1.SignedDocument\"\xbc\x02\n\x0c\x43ontribution\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\t\x12\x13\n\x0b\x63ontributor\x18\x04 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x05 \x01(\t\x12/\n\x05state\x18\x06 \x01(\x0e\x32 .coldmerge.v1.Contribution.State\x12\x15\n\rpayload_bytes\x18\x07 \x01(\x03\x12\x10\n\x08\x65xamples\x18\x08 \x01(\x03\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"I\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x41\x44MITTED\x10\x01\x12\x0c\n\x08REPLACED\x10\x02\x12\r\n\tWITHDRAWN\x10\x03\"$\n\x16GetContributionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"8\n\x18ListContributionsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\t\"N\n\x19ListContributionsResponse\x12\x31\n\rcontributions\x18\x01 \x03(\x0b\x32\x1a.coldmerge.v1.Contribution\"\x1d\n\x0fWithdrawRequest\x12\n\n\x02id\x18\x01 \x01(\t2\x99\x04\n\rContributions\x12@\n\x05\x42\x65gin\x12\x1a.coldmerge.v1.BeginRequest\x1a\x1b.coldmerge.v1.BeginResponse\x12\x42\n\x05Write\x12\x1a.coldmerge.v1.WriteRequest\x1a\x1b.coldmerge.v1.WriteResponse(\x01\x12T\n\x10QueryWriteStatus\x12%.coldmerge.v1.QueryWriteStatusRequest\x1a\x19.coldmerge.v1.WriteStatus\x12\x43\n\x06\x43ommit\x12\x1b.coldmerge.v1.CommitRequest\x1a\x1c.coldmerge.v1.CommitResponse\x12G\n\x03Get\x12$.coldmerge.v1.GetContributionRequest\x1a\x1a.coldmerge.v1.Contribution\x12W\n\x04List\x12&.coldmerge.v1.ListContributionsRequest\x1a\'.coldmerge.v1.ListContributionsResponse\x12\x45\n\x08Withdraw\x12\x1d.coldmerge.v1.WithdrawRequest\x1a\x1a.coldmerge.v1.Contributionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%coldmerge/wire/v1/contributions.proto\x12\x0c\x63oldmerge.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1e\x63oldmerge/wire/v1/common.proto\">\n\x0c\x42\x65ginRequest\x12.\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.coldmerge.v1.SignedDocument\"}\n\rBeginResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ommitted_size\x18\x02 \x01(\x03\x12\x12\n\ntotal_size\x18\x03 \x01(\x03\x12-\n\x07receipt\x18\x04 \x01(\x0b\x32\x1c.coldmerge.v1.SignedDocument\"E\n\x0cWriteRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.coldmerge.v1.Chunk\"\'\n\rWriteResponse\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x03\",\n\x17QueryWriteStatusRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\"9\n\x0bWriteStatus\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x03\x12\x12\n\ntotal_size\x18\x02 \x01(\x03\"\"\n\rCommitRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\"?\n\x0e\x43ommitResponse\x12-\n\x07receipt\x18\x01 \x01(\x0b\x32\x1c.coldmerge.v1.SignedDocument\"\xea\x02\n\x0c\x43ontribution\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\t\x12\x13\n\x0b\x63ontributor\x18\x04 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x05 \x01(\t\x12/\n\x05state\x18\x06 \x01(\x0e\x32 .coldmerge.v1.Contribution.State\x12\x15\n\rpayload_bytes\x18\x07 \x01(\x03\x12\x10\n\x08\x65xamples\x18\x08 \x01(\x03\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\n \x01(\t\"g\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x41\x44MITTED\x10\x01\x12\x0c\n\x08REPLACED\x10\x02\x12\r\n\tWITHDRAWN\x10\x03\x12\x0f\n\x0bQUARANTINED\x10\x04\x12\x0b\n\x07REFUSED\x10\x05\"$\n\x16GetContributionRequest\x12\n\n\x02id\x18\x01 \x01(\t\"8\n\x18ListContributionsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\t\"N\n\x19ListContributionsResponse\x12\x31\n\rcontributions\x18\x01 \x03(\x0b\x32\x1a.coldmerge.v1.Contribution\"\x1d\n\x0fWithdrawRequest\x12\n\n\x02id\x18\x01 \x01(\t2\x99\x04\n\rContributions\x12@\n\x05\x42\x65gin\x12\x1a.coldmerge.v1.BeginRequest\x1a\x1b.coldmerge.v1.BeginResponse\x12\x42\n\x05Write\x12\x1a.coldmerge.v1.WriteRequest\x1a\x1b.coldmerge.v1.WriteResponse(\x01\x12T\n\x10QueryWriteStatus\x12%.coldmerge.v1.QueryWriteStatusRequest\x1a\x19.coldmerge.v1.WriteStatus\x12\x43\n\x06\x43ommit\x12\x1b.coldmerge.v1.CommitRequest\x1a\x1c.coldmerge.v1.CommitResponse\x12G\n\x03Get\x12$.coldmerge.v1.GetContributionRequest\x1a\x1a.coldmerge.v1.Contribution\x12W\n\x04List\x12&.coldmerge.v1.ListContributionsRequest\x1a\'.coldmerge.v1.ListContributionsResponse\x12\x45\n\x08Withdraw\x12\x1d.coldmerge.v1.WithdrawRequest\x1a\x1a.coldmerge.v1.Contributionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,17 +50,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMITRESPONSE']._serialized_start=564
   _globals['_COMMITRESPONSE']._serialized_end=627
   _globals['_CONTRIBUTION']._serialized_start=630
-  _globals['_CONTRIBUTION']._serialized_end=946
-  _globals['_CONTRIBUTION_STATE']._serialized_start=873
-  _globals['_CONTRIBUTION_STATE']._serialized_end=946
-  _globals['_GETCONTRIBUTIONREQUEST']._serialized_start=948
-  _globals['_GETCONTRIBUTIONREQUEST']._serialized_end=984
-  _globals['_LISTCONTRIBUTIONSREQUEST']._serialized_start=986
-  _globals['_LISTCONTRIBUTIONSREQUEST']._serialized_end=1042
-  _globals['_LISTCONTRIBUTIONSRESPONSE']._serialized_start=1044
-  _globals['_LISTCONTRIBUTIONSRESPONSE']._serialized_end=1122
-  _globals['_WITHDRAWREQUEST']._serialized_start=1124
-  _globals['_WITHDRAWREQUEST']._serialized_end=1153
-  _globals['_CONTRIBUTIONS']._serialized_start=1156
-  _globals['_CONTRIBUTIONS']._serialized_end=1693
+  _globals['_CONTRIBUTION']._serialized_end=992
+  _globals['_CONTRIBUTION_STATE']._serialized_start=889
+  _globals['_CONTRIBUTION_STATE']._serialized_end=992
+  _globals['_GETCONTRIBUTIONREQUEST']._serialized_start=994
+  _globals['_GETCONTRIBUTIONREQUEST']._serialized_end=1030
+  _globals['_LISTCONTRIBUTIONSREQUEST']._serialized_start=1032
+  _globals['_LISTCONTRIBUTIONSREQUEST']._serialized_end=1088
+  _globals['_LISTCONTRIBUTIONSRESPONSE']._serialized_start=1090
+  _globals['_LISTCONTRIBUTIONSRESPONSE']._serialized_end=1168
+  _globals['_WITHDRAWREQUEST']._serialized_start=1170
+  _globals['_WITHDRAWREQUEST']._serialized_end=1199
+  _globals['_CONTRIBUTIONS']._serialized_start=1202
+  _globals['_CONTRIBUTIONS']._serialized_end=1739
 # @@protoc_insertion_point(module_scope)

@@ -70,17 +70,21 @@ class CommitResponse(_message.Message):
     def __init__(self, receipt: _Optional[_Union[_common_pb2.SignedDocument, _Mapping]] = ...) -> None: ...
 
 class Contribution(_message.Message):
-    __slots__ = ("id", "model", "round", "contributor", "manifest_digest", "state", "payload_bytes", "examples", "accepted_at")
+    __slots__ = ("id", "model", "round", "contributor", "manifest_digest", "state", "payload_bytes", "examples", "accepted_at", "reason")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Contribution.State]
         ADMITTED: _ClassVar[Contribution.State]
         REPLACED: _ClassVar[Contribution.State]
         WITHDRAWN: _ClassVar[Contribution.State]
+        QUARANTINED: _ClassVar[Contribution.State]
+        REFUSED: _ClassVar[Contribution.State]
     STATE_UNSPECIFIED: Contribution.State
     ADMITTED: Contribution.State
     REPLACED: Contribution.State
     WITHDRAWN: Contribution.State
+    QUARANTINED: Contribution.State
+    REFUSED: Contribution.State
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +94,7 @@ class Contribution(_message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_AT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     round: str
@@ -99,7 +104,8 @@ class Contribution(_message.Message):
     payload_bytes: int
     examples: int
     accepted_at: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., round: _Optional[str] = ..., contributor: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., state: _Optional[_Union[Contribution.State, str]] = ..., payload_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    reason: str
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., round: _Optional[str] = ..., contributor: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., state: _Optional[_Union[Contribution.State, str]] = ..., payload_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class GetContributionRequest(_message.Message):
     __slots__ = ("id",)

@@ -127,7 +127,9 @@ class ContributionsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Withdraw(self, request, context):
-        """Take a contribution back while its round is OPEN. FAILED_PRECONDITION afterwards.
+        """Take a contribution back. While its round is OPEN it is not merged. Afterwards its
+        bytes are erased at the coordinator, and releases stay as they are until an admin
+        merges again without it (Admin.Remerge). FAILED_PRECONDITION while it is being merged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

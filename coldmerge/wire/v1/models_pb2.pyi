@@ -84,6 +84,16 @@ class WatchReleasesRequest(_message.Message):
     after_number: int
     def __init__(self, model: _Optional[str] = ..., after_number: _Optional[int] = ...) -> None: ...
 
+class ListKeysRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListKeysResponse(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedCompositeFieldContainer[_common_pb2.SignedDocument]
+    def __init__(self, keys: _Optional[_Iterable[_Union[_common_pb2.SignedDocument, _Mapping]]] = ...) -> None: ...
+
 class ReadBlobRequest(_message.Message):
     __slots__ = ("sha256", "offset")
     SHA256_FIELD_NUMBER: _ClassVar[int]

@@ -55,6 +55,11 @@ class ModelsStub:
                 request_serializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.WatchReleasesRequest.SerializeToString,
                 response_deserializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.Release.FromString,
                 _registered_method=True)
+        self.ListKeys = channel.unary_unary(
+                '/coldmerge.v1.Models/ListKeys',
+                request_serializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.ListKeysRequest.SerializeToString,
+                response_deserializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.ListKeysResponse.FromString,
+                _registered_method=True)
         self.ReadBlob = channel.unary_stream(
                 '/coldmerge.v1.Models/ReadBlob',
                 request_serializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.ReadBlobRequest.SerializeToString,
@@ -95,6 +100,13 @@ class ModelsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListKeys(self, request, context):
+        """The coordinator's signing keys, oldest first: each statement is signed by the key before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadBlob(self, request, context):
         """The bytes of one tensor or file of a release or candidate, from `offset`.
         """
@@ -124,6 +136,11 @@ def add_ModelsServicer_to_server(servicer, server):
                     servicer.WatchReleases,
                     request_deserializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.WatchReleasesRequest.FromString,
                     response_serializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.Release.SerializeToString,
+            ),
+            'ListKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKeys,
+                    request_deserializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.ListKeysRequest.FromString,
+                    response_serializer=coldmerge_dot_wire_dot_v1_dot_models__pb2.ListKeysResponse.SerializeToString,
             ),
             'ReadBlob': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadBlob,
@@ -239,6 +256,33 @@ class Models:
             '/coldmerge.v1.Models/WatchReleases',
             coldmerge_dot_wire_dot_v1_dot_models__pb2.WatchReleasesRequest.SerializeToString,
             coldmerge_dot_wire_dot_v1_dot_models__pb2.Release.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/coldmerge.v1.Models/ListKeys',
+            coldmerge_dot_wire_dot_v1_dot_models__pb2.ListKeysRequest.SerializeToString,
+            coldmerge_dot_wire_dot_v1_dot_models__pb2.ListKeysResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -76,7 +76,7 @@ def round_message(session: Session, row: Round) -> common_pb2.Round:
         contributions=len(contributions.admitted(session, row.id)),
         candidate_digest=row.candidate_digest or "",
         min_evaluators=policy.gate.min_evaluators if policy.gate else 0,
-        evaluations=rounds.count_evaluations(session, row.id),
+        evaluations=rounds.count_evaluations(session, row),
         release_number=row.release_number or 0,
         reason=row.reason or "",
         held=row.held,

@@ -10,6 +10,8 @@ from coldmerge.core.errors import IntegrityError, NotFoundError
 from coldmerge_coordinator.store.models import Contribution, Round
 
 ADMITTED, REPLACED, WITHDRAWN = "ADMITTED", "REPLACED", "WITHDRAWN"
+QUARANTINED, REFUSED = "QUARANTINED", "REFUSED"
+"""Durable and acknowledged, but not merged: until an admin accepts it, or since one refused it."""
 
 
 def get(session: Session, contribution_id: str) -> Contribution:

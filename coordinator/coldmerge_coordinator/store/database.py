@@ -21,7 +21,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from coldmerge.core.errors import ColdmergeError, ConflictError, ResourceError, UnavailableError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0002"
+HEAD = "0003"
 """The newest migration: a test compares it with the folder."""
 BUSY_MS = 30_000
 _WRITE = "coldmerge_write"

@@ -89,6 +89,7 @@ class Machine(Base):
     last_seen_at: Mapped[datetime | None]
     client_version: Mapped[str | None] = mapped_column(String(64))
     revoked_at: Mapped[datetime | None]
+    revoked_reason: Mapped[str | None]
 
 
 class Invitation(Base):
@@ -190,7 +191,12 @@ class Round(Base):
     probe_seed: Mapped[int]
     opened_at: Mapped[datetime]
     closes_at: Mapped[datetime | None]
+    screening: Mapped[dict[str, Any] | None]  # coldmerge.screening: bounds, factors, report
     sealed_inputs: Mapped[list[Any] | None]  # manifest digests, sorted: frozen at SEALED
+    trial: Mapped[int] = mapped_column(server_default=text("0"))  # 0: all inputs
+    left_out: Mapped[list[Any] | None]  # manifest digests that the trial at hand leaves out
+    isolation: Mapped[dict[str, Any] | None]  # coldmerge.rounds.isolation: trials so far
+    replay: Mapped[dict[str, Any] | None]  # a re-merge: which rounds, without whose updates
     merge_attempts: Mapped[int]
     candidate_digest: Mapped[str | None] = mapped_column(ForeignKey("content.digest"), index=True)
     candidate_master: Mapped[str | None] = mapped_column(ForeignKey("master.digest"))
@@ -227,6 +233,8 @@ class Upload(Base):
     total_size: Mapped[int]
     committed_size: Mapped[int]
     created_at: Mapped[datetime]
+    updated_at: Mapped[datetime | None]  # when committed_size moved last
+    fence: Mapped[int] = mapped_column(server_default=text("0"))  # grows with each writer
 
 
 class Contribution(Base):
@@ -245,7 +253,9 @@ class Contribution(Base):
     payload_bytes: Mapped[int]
     examples: Mapped[int]
     norm: Mapped[float]
-    state: Mapped[str] = mapped_column(String(16))  # ADMITTED, REPLACED or WITHDRAWN
+    state: Mapped[str] = mapped_column(String(16))  # see store.contributions
+    reason: Mapped[str | None]  # why it is quarantined or refused
+    payload_erased_at: Mapped[datetime | None]
     receipt: Mapped[bytes] = mapped_column(LargeBinary)
     receipt_signature: Mapped[bytes] = mapped_column(LargeBinary)
     accepted_at: Mapped[datetime]
@@ -264,10 +274,11 @@ class Contribution(Base):
 
 
 class Evaluation(Base):
-    """A contributor's signed judgement of a candidate; the last one per round counts."""
+    """A contributor's signed judgement of a candidate; the last one per trial counts."""
 
     __tablename__ = "evaluation"
     round: Mapped[str] = mapped_column(ForeignKey("round.id"), primary_key=True)
+    trial: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     contributor: Mapped[str] = mapped_column(ForeignKey("contributor.name"), primary_key=True)
     document: Mapped[bytes] = mapped_column(LargeBinary)
     signature: Mapped[bytes] = mapped_column(LargeBinary)
@@ -295,3 +306,63 @@ class Notice(Base):
     attempts: Mapped[int]
     next_attempt_at: Mapped[datetime]
     delivered_at: Mapped[datetime | None]
+
+
+class AuditHead(Base):
+    """How long the audit log is: one row, locked by whoever appends."""
+
+    __tablename__ = "audit_head"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    size: Mapped[int]
+
+
+class AuditLeaf(Base):
+    """One event: the canonical bytes of its entry (`coldmerge.audit/1`), by position."""
+
+    __tablename__ = "audit_leaf"
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(String(64), index=True)
+    contributor: Mapped[str | None] = mapped_column(String(64), index=True)
+    round: Mapped[str | None] = mapped_column(String(64), index=True)
+    at: Mapped[datetime]
+    document: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class AuditNode(Base):
+    """The hash of a complete subtree of the log: 2**level leaves from index * 2**level on."""
+
+    __tablename__ = "audit_node"
+    level: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    hash: Mapped[bytes] = mapped_column(LargeBinary(32))
+
+
+class AuditCheckpoint(Base):
+    """A signed statement of the log's size and root that somebody was given."""
+
+    __tablename__ = "audit_checkpoint"
+    size: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    document: Mapped[bytes] = mapped_column(LargeBinary)
+    signature: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime]
+
+
+class SigningKey(Base):
+    """A key that signs receipts, records and checkpoints, named by the one before it."""
+
+    __tablename__ = "signing_key"
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    public_key: Mapped[bytes] = mapped_column(LargeBinary)
+    document: Mapped[bytes] = mapped_column(LargeBinary)
+    signature: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime]
+
+
+class Usage(Base):
+    """What a contributor took on one day (UTC): bytes received, manifests refused."""
+
+    __tablename__ = "usage"
+    contributor: Mapped[str] = mapped_column(ForeignKey("contributor.name"), primary_key=True)
+    day: Mapped[str] = mapped_column(String(10), primary_key=True)
+    received_bytes: Mapped[int]
+    refusals: Mapped[int]

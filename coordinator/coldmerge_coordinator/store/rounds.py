@@ -87,10 +87,21 @@ def get_policy(row: Round) -> RoundPolicy:
     return RoundPolicy.model_validate(row.policy)
 
 
-def count_evaluations(session: Session, round_id: str) -> int:
-    """How many contributors have reported."""
-    query = select(func.count()).select_from(Evaluation).where(Evaluation.round == round_id)
-    return session.execute(query).scalar_one()
+def count_evaluations(session: Session, row: Round) -> int:
+    """How many contributors have reported on the candidate at hand."""
+    reported = (Evaluation.round == row.id) & (Evaluation.trial == row.trial)
+    return session.execute(select(func.count()).where(reported)).scalar_one()
+
+
+def evaluations_of(session: Session, row: Round) -> list[Evaluation]:
+    """What was reported on the candidate at hand (or that was decided), by contributor."""
+    return list(
+        session.scalars(
+            select(Evaluation)
+            .where(Evaluation.round == row.id, Evaluation.trial == row.trial)
+            .order_by(Evaluation.contributor)
+        )
+    )
 
 
 def view(session: Session, row: Round) -> RoundView:
@@ -99,9 +110,7 @@ def view(session: Session, row: Round) -> RoundView:
     revoked = set(
         session.scalars(select(Contributor.name).where(Contributor.revoked_at.is_not(None)))
     )
-    stored = session.scalars(
-        select(Evaluation).where(Evaluation.round == row.id).order_by(Evaluation.contributor)
-    )
+    stored = evaluations_of(session, row)
     return RoundView(
         id=row.id,
         model=row.model,
@@ -149,6 +158,7 @@ def open_round(session: Session, model: str, policy: RoundPolicy, now: datetime)
         base_digest=base.content_digest,
         policy=policy.to_json(),
         probe_seed=secrets.randbelow(2**31),
+        trial=0,
         opened_at=now,
         closes_at=opened.closes_at,
         merge_attempts=0,
@@ -287,7 +297,7 @@ def record_evaluation(
         ConflictError: the round is not CANDIDATE.
     """
     evaluation = documents.Evaluation.parse(signed.document)
-    stored = session.get(Evaluation, (row.id, evaluation.contributor))
+    stored = session.get(Evaluation, (row.id, row.trial, evaluation.contributor))
     if stored is not None and stored.document == signed.document:
         return evaluation
     if row.state == State.CANDIDATE and row.candidate_digest is not None:
@@ -300,6 +310,7 @@ def record_evaluation(
         session.merge(
             Evaluation(
                 round=row.id,
+                trial=row.trial,
                 contributor=evaluation.contributor,
                 document=signed.document,
                 signature=signed.signature,

@@ -214,7 +214,7 @@ def test_a_crash_while_publishing_leaves_the_candidate(
     assert (row.state, row.release_number) == ("CANDIDATE", None)
     with store.database.read() as session:
         assert releases.latest_release(session, "triage").number == 0
-        assert rounds.count_evaluations(session, round_id) == 1
+        assert rounds.count_evaluations(session, rounds.get(session, round_id)) == 1
     evaluate(store, round_id, judgement(round_id, "b", 1), now)
     assert look(round_id).state == "PUBLISHED"
 
@@ -237,7 +237,7 @@ def test_evaluations_decide(
     assert look(round_id).state == final
     with store.database.read() as session:
         assert releases.latest_release(session, "triage").number == number
-        assert rounds.count_evaluations(session, round_id) == 2
+        assert rounds.count_evaluations(session, rounds.get(session, round_id)) == 2
 
 
 def test_the_last_evaluation_of_a_contributor_counts(
@@ -272,7 +272,7 @@ def test_an_evaluation_of_another_candidate_is_refused(
     with pytest.raises(ConflictError):
         evaluate(store, first, signed, now)
     with store.database.read() as session:
-        assert rounds.count_evaluations(session, first) == 0
+        assert rounds.count_evaluations(session, rounds.get(session, first)) == 0
     assert look(second).state == "CANDIDATE"
 
 
