@@ -26,6 +26,7 @@ from tests.federation import Federation, Hub, Org, until
 from tests.support import write_model
 
 FACTS = Facts(examples=10)
+KILLS = 25
 INJECT = Path(__file__).parent / "inject"
 TRAINER = Path(__file__).parent / "trainer.py"
 NO_GATE: dict[str, object] = {"gate": None}
@@ -141,6 +142,24 @@ class Maker:
                     assert found is not None
                     scores = evaluate(session, found, TrainConfig.load(path))
                     report(session, found, scores)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the random tests of this folder go on."""
+    parser.addoption("--kills", type=int, default=KILLS, help="random kills of the coordinator")
+    parser.addoption("--seed", type=int, default=1, help="where random choices begin")
+
+
+@pytest.fixture
+def kills(pytestconfig: pytest.Config) -> int:
+    """`--kills`. Run from the tests' root, this file is read too late to add its options."""
+    return int(pytestconfig.getoption("--kills", KILLS))
+
+
+@pytest.fixture
+def seed(pytestconfig: pytest.Config) -> int:
+    """`--seed`."""
+    return int(pytestconfig.getoption("--seed", 1))
 
 
 Prepare = Callable[[Maker], None]
