@@ -13,6 +13,8 @@ CHUNK_BYTES = 2**20
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 20_000
 STREAMS_PER_CONNECTION = 100
+HANDSHAKE_TIMEOUT_MS = 10_000
+IDLE_CONNECTION_MS = 15 * 60_000
 
 Options = list[tuple[str, int | str]]
 
@@ -48,6 +50,8 @@ def server_options() -> Options:
         ("grpc.http2.max_ping_strikes", 5),
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+        ("grpc.max_connection_idle_ms", IDLE_CONNECTION_MS),
     ]
 
 

@@ -23,13 +23,23 @@ Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,253}$")]
 
 
 class Limits(BaseModel):
-    """What one contributor may take, and how much of the disk no upload may touch."""
+    """What one contributor may take, and how much of the disk no upload may touch.
+
+    `max_calls`: calls open at a time, per contributor and API process. `idle_seconds`: how
+    long a stream may stand still. `call_seconds`: how long any other call may take.
+    `enrolments_per_minute`: per address, since those callers have no identity yet.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_payload_bytes: int = Field(default=200 * 2**30, ge=1)
     max_open_uploads: int = Field(default=4, ge=1)
+    bytes_per_day: int = Field(default=800 * 2**30, ge=1)
     keep_free_bytes: int = Field(default=256 * 2**20, ge=0)
+    max_calls: int = Field(default=64, ge=1)
+    idle_seconds: float = Field(default=60, gt=0)
+    call_seconds: float = Field(default=900, gt=0)
+    enrolments_per_minute: int = Field(default=30, ge=1)
 
 
 class CoordinatorConfig(BaseModel):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ from coldmerge_coordinator.auth import (
     set_caller,
 )
 from coldmerge_coordinator.identity import read_peer
+from coldmerge_coordinator.limits import Rate, Turnstile, address_of, in_time, taken
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store.models import Machine
 
@@ -59,18 +61,18 @@ class Guard(grpc.aio.ServerInterceptor):
             )
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(
-                _guarded(self, details, handler.stream_unary),
+                _guarded(self, details, handler.stream_unary, None),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            _guarded(self, details, handler.unary_unary),
+            _guarded(self, details, handler.unary_unary, self.store.config.limits.call_seconds),
             handler.request_deserializer,
             handler.response_serializer,
         )
 
-    async def admit(self, details: Any, context: Any) -> None:
-        """Let the call in, or raise.
+    async def admit(self, details: Any, context: Any) -> AbstractContextManager[None]:
+        """Let the call in, or raise. It goes on inside the context that comes back.
 
         Raises:
             ColdmergeError: the reason it may not come in.
@@ -79,10 +81,15 @@ class Guard(grpc.aio.ServerInterceptor):
         check_protocol(metadata, self.store.config.min_protocol)
         found = await self.identify(context)
         if found is None:
-            return
+            return nullcontext()
         check_role(found, details.method)
         set_caller(found)
         await self.seen(found, str(metadata.get(CLIENT_KEY, ""))[:64])
+        return self.hold(found)
+
+    def hold(self, _found: Caller) -> AbstractContextManager[None]:
+        """What a call occupies while it goes on."""
+        return nullcontext()
 
     async def seen(self, found: Caller, client_version: str) -> None:
         """Told who was let in, and with which client."""
@@ -94,6 +101,7 @@ class PeerGuard(Guard):
     def __init__(self, store: Store, clock: Clock) -> None:
         super().__init__(store)
         self._clock = clock
+        self._turnstile = Turnstile(store.config.limits.max_calls)
         self._last_seen: dict[tuple[str, str], datetime] = {}
 
     async def identify(self, _context: Any) -> Caller:
@@ -107,6 +115,10 @@ class PeerGuard(Guard):
                 hint="Enrol this machine with `coldmerge join`.",
             )
         return await asyncio.to_thread(check_machine, self.store, peer, self._clock.now())
+
+    def hold(self, _found: Caller) -> AbstractContextManager[None]:
+        """One of the calls that the contributor may have open."""
+        return self._turnstile.enter(_found.contributor)
 
     async def seen(self, found: Caller, client_version: str) -> None:
         """Write down, at most every 30 seconds, that the machine called."""
@@ -140,16 +152,23 @@ class LocalGuard(Guard):
 class OpenGuard(Guard):
     """The guard of the enrolment port, whose callers prove themselves inside the call."""
 
+    def __init__(self, store: Store, clock: Clock) -> None:
+        super().__init__(store)
+        self._clock = clock
+        self._rate = Rate(store.config.limits.enrolments_per_minute)
+
     async def identify(self, _context: Any) -> None:
-        """Nobody yet."""
-        return
+        """Nobody yet; an address may try only so often."""
+        self._rate.check(address_of(_context.peer()), self._clock.now())
 
 
-def _guarded(guard: Guard, details: Any, handle: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(
+    guard: Guard, details: Any, handle: Callable[..., Any], seconds: float | None
+) -> Callable[..., Any]:
     async def run(request: Any, context: Any) -> Any:
         try:
-            await guard.admit(details, context)
-            return await handle(request, context)
+            with await guard.admit(details, context):
+                return await in_time(handle(request, context), seconds)
         except Exception as error:
             await refuse(context, details.method, error)
             raise
@@ -158,11 +177,13 @@ def _guarded(guard: Guard, details: Any, handle: Callable[..., Any]) -> Callable
 
 
 def _guarded_stream(guard: Guard, details: Any, handle: Callable[..., Any]) -> Callable[..., Any]:
-    async def run(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def run(request: Any, context: Any) -> None:
+        idle = guard.store.config.limits.idle_seconds
         try:
-            await guard.admit(details, context)
-            async for response in handle(request, context):
-                yield response
+            with await guard.admit(details, context):
+                async with aclosing(handle(request, context)) as responses:
+                    async for response in responses:
+                        await taken(context.write(response), idle)
         except Exception as error:
             await refuse(context, details.method, error)
             raise

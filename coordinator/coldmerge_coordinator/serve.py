@@ -21,6 +21,7 @@ from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ConflictError
 from coldmerge.core.files import fsync_path
 from coldmerge_coordinator.driver import Driver
+from coldmerge_coordinator.limits import raise_descriptor_limit
 from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.servers import Servers
 from coldmerge_coordinator.store import Store
@@ -47,6 +48,7 @@ def serve(folder: Path, *, clock: Clock | None = None) -> None:
     """
     os.umask(0o077)
     log_to_stderr()
+    raise_descriptor_limit()
     with Store.open(folder) as store, _only_server(folder):
         asyncio.run(_serve(store, clock or SystemClock()))
 

@@ -99,7 +99,7 @@ class Servers:
             ContributionsService(self._backend, self._intake), api
         )
         self._add_admin(api)
-        enrol = self._server(OpenGuard(store))
+        enrol = self._server(OpenGuard(store, self._clock))
         enrolment_pb2_grpc.add_EnrolmentServicer_to_server(  # type: ignore[no-untyped-call]
             EnrolmentService(self._backend, self._authority), enrol
         )

@@ -15,6 +15,7 @@ from coldmerge.wire.channel import CHUNK_BYTES
 from coldmerge.wire.convert import signed_from_proto
 from coldmerge.wire.v1 import contributions_pb2, contributions_pb2_grpc
 from coldmerge_coordinator.auth import Caller, caller
+from coldmerge_coordinator.limits import brisk
 from coldmerge_coordinator.service.backend import Backend
 from coldmerge_coordinator.service.intake import Intake
 from coldmerge_coordinator.service.messages import contribution_message, receipt_message
@@ -65,7 +66,7 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
         ticket = 0
         watch = _Watch(self._backend, self._intake, who)
         try:
-            async for request in requests:
+            async for request in brisk(requests, self._store.config.limits.idle_seconds):
                 if live is None:
                     live = await backend.bulk(partial(self._intake.find, who, request.upload_id))
                     await asyncio.to_thread(self._intake.check_admissible, live)

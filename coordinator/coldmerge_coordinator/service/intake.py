@@ -41,7 +41,7 @@ from coldmerge_coordinator.service.uploads import (
     payload_name,
     upload_id,
 )
-from coldmerge_coordinator.store import Store, contributions, releases, rounds
+from coldmerge_coordinator.store import Store, contributions, releases, rounds, usage
 from coldmerge_coordinator.store.models import Contribution, Contributor, Machine, Round, Upload
 
 
@@ -181,6 +181,8 @@ class Intake:
         with self._store.database.write() as session:
             check_open(rounds.get(session, manifest.round, lock=True))
             check_nonce(session, manifest)
+            most = self._store.config.limits.bytes_per_day
+            usage.charge(session, who.contributor, manifest.payload_bytes, most, self._clock.now())
             session.add(
                 Upload(
                     id=upload_id(manifest.digest()),
