@@ -22,6 +22,7 @@ from coldmerge.core.documents import FileEntry, TensorEntry
 from coldmerge.core.dtypes import blocks
 from coldmerge.core.errors import IntegrityError
 from coldmerge.core.files import CHUNK_BYTES, PositionalFile
+from coldmerge.core.merkle import merkle_root
 from coldmerge.core.progress import Advance, Counter, Progress, silent
 
 
@@ -144,24 +145,3 @@ def master_digest(masters: Mapping[str, str]) -> str:
         for name in sorted(masters)
     ]
     return merkle_root(leaves)
-
-
-def merkle_root(leaves: Sequence[bytes]) -> str:
-    """RFC 6962 root of `leaves`, hexadecimal. The root of nothing is sha256 of nothing."""
-    if not leaves:
-        return hashlib.sha256(b"").hexdigest()
-    complete: list[tuple[int, bytes]] = []  # roots of complete subtrees, sizes falling
-    for leaf in leaves:
-        size, node = 1, hashlib.sha256(b"\x00" + leaf).digest()
-        while complete and complete[-1][0] == size:
-            node = _node(complete.pop()[1], node)
-            size *= 2
-        complete.append((size, node))
-    root = complete.pop()[1]
-    while complete:
-        root = _node(complete.pop()[1], root)
-    return root.hex()
-
-
-def _node(left: bytes, right: bytes) -> bytes:
-    return hashlib.sha256(b"\x01" + left + right).digest()

@@ -125,6 +125,11 @@ class Caller:
         return Ed25519PublicKey.from_public_bytes(self.identity_public_key)
 
     @property
+    def actor(self) -> str:
+        """Who this is, as the audit log says it."""
+        return f"{self.contributor}/{self.machine}" if self.machine else self.contributor
+
+    @property
     def sees_all(self) -> bool:
         """Whether other contributors' contributions may be listed."""
         return self.role in {"auditor", "admin"}

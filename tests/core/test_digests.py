@@ -17,9 +17,9 @@ from coldmerge.core.digests import (
     content_digest,
     content_entries,
     master_digest,
-    merkle_root,
 )
 from coldmerge.core.errors import IntegrityError
+from coldmerge.core.merkle import merkle_root
 
 # The tree heads of RFC 6962's reference implementation over its test leaves.
 LEAVES = [

@@ -34,7 +34,7 @@ class Store:
         self.folder = folder
         self.config = config
         self.database_url = config.database_in(folder)
-        self.database = Database(self.database_url)
+        self.database = Database(self.database_url, config.federation)
         self.blobs = BlobStore(folder / "blobs")
 
     @classmethod

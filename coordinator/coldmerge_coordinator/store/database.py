@@ -7,7 +7,7 @@ cannot change before it commits. On PostgreSQL rows that decide are read FOR UPD
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,7 @@ HEAD = "0003"
 """The newest migration: a test compares it with the folder."""
 BUSY_MS = 30_000
 _WRITE = "coldmerge_write"
+_LAST = "coldmerge_last"
 
 
 def open_engine(url: str) -> Engine:
@@ -59,17 +60,29 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
-class Database:
-    """Sessions on one engine. Close it when done."""
+def before_commit(session: Session, act: Callable[[Session], None]) -> None:
+    """Have `act` called as the last thing in the write transaction of `session`."""
+    session.info.setdefault(_LAST, []).append(act)
 
-    def __init__(self, url: str) -> None:
+
+class Database:
+    """Sessions on one engine. Close it when done.
+
+    `federation`: whose it is; sessions carry the name as `info["federation"]`.
+    """
+
+    def __init__(self, url: str, federation: str = "") -> None:
+        self._info = {"federation": federation}
         self.engine = open_engine(url)
         self._writer = self.engine.execution_options(**{_WRITE: True})
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session on one snapshot; whatever it changed is thrown away."""
-        with _translated(), Session(self.engine, expire_on_commit=False) as session:
+        with (
+            _translated(),
+            Session(self.engine, expire_on_commit=False, info=self._info) as session,
+        ):
             yield session
 
     @contextmanager
@@ -82,11 +95,13 @@ class Database:
         """
         with (
             _translated(),
-            Session(self._writer, expire_on_commit=False) as session,
+            Session(self._writer, expire_on_commit=False, info=self._info) as session,
             session.begin(),
         ):
             session.connection()  # BEGIN now, not at the first query
             yield session
+            for act in session.info.pop(_LAST, ()):
+                act(session)
 
     def close(self) -> None:
         """Give all connections back."""

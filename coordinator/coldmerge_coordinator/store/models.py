@@ -336,6 +336,16 @@ class AuditNode(Base):
     index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     hash: Mapped[bytes] = mapped_column(LargeBinary(32))
 
+    __table_args__ = (
+        # Where a leaf is: proofs are asked for by its hash.
+        Index(
+            "audit_leaf_hash",
+            "hash",
+            sqlite_where=text("level = 0"),
+            postgresql_where=text("level = 0"),
+        ),
+    )
+
 
 class AuditCheckpoint(Base):
     """A signed statement of the log's size and root that somebody was given."""

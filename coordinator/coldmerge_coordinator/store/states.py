@@ -11,8 +11,9 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from coldmerge.core import dtypes
-from coldmerge.core.digests import Content, merkle_root
+from coldmerge.core.digests import Content
 from coldmerge.core.errors import NotFoundError
+from coldmerge.core.merkle import merkle_root
 from coldmerge_coordinator.store import models
 from coldmerge_coordinator.store.releases import register
 

@@ -65,6 +65,14 @@ def upgrade() -> None:
         sa.Column("hash", sa.LargeBinary(length=32), nullable=False),
         sa.PrimaryKeyConstraint("level", "index", name=op.f("pk_audit_node")),
     )
+    op.create_index(
+        "audit_leaf_hash",
+        "audit_node",
+        ["hash"],
+        unique=False,
+        sqlite_where=sa.text("level = 0"),
+        postgresql_where=sa.text("level = 0"),
+    )
     op.create_table(
         "audit_checkpoint",
         sa.Column("size", sa.BigInteger(), autoincrement=False, nullable=False),
