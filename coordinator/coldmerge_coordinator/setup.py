@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ConfigError, ConflictError
-from coldmerge.core.files import fsync_path
+from coldmerge.core.files import fsync_path, make_folder
 from coldmerge.core.validation import first_problem
 from coldmerge_coordinator import identity
 from coldmerge_coordinator.config import CoordinatorConfig
@@ -58,7 +58,7 @@ def init(
         )
     config = _config(federation or _name_of(folder), hosts, listen, enrol_listen)
     for part in ("", "keys", "offline", "ca"):
-        (folder / part).mkdir(mode=0o700, parents=not part, exist_ok=True)
+        make_folder(folder / part)
     folder.chmod(0o700)  # it may have been there, open to all
     fingerprint = _make_keys(folder, config, clock or SystemClock())
     Store.create(folder, config).close()

@@ -218,9 +218,7 @@ def _pieces(change: tuple[int, int, bytes | int]) -> Iterable[tuple[int, int, by
         start = stop
 
 
-def _change(
-    entries: dict[str, File | Folder], changes: Changes
-) -> None:
+def _change(entries: dict[str, File | Folder], changes: Changes) -> None:
     for name, node in changes.items():
         if node is None:
             entries.pop(name, None)
