@@ -107,7 +107,7 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
 
     def _get(self, who: Caller, identifier: str) -> contributions_pb2.Contribution:
         with self._store.database.read() as session:
-            return contribution_message(own(contributions.get(session, identifier), who))
+            return contribution_message(own(session, identifier, who))
 
     async def List(
         self, request: contributions_pb2.ListContributionsRequest, _context: Any
