@@ -44,7 +44,9 @@ from coldmerge.wire.v1 import (
     models_pb2_grpc,
     rounds_pb2_grpc,
 )
+from coldmerge_coordinator import config as settings
 from coldmerge_coordinator import setup
+from coldmerge_coordinator.config import Limits
 from coldmerge_coordinator.identity import Authority
 from coldmerge_coordinator.importing import add_model
 from coldmerge_coordinator.servers import Servers
@@ -324,9 +326,15 @@ def make_coordinator(folder: Path, tensors: Mapping[str, Array] | None = None) -
 
 
 @contextmanager
-def coordinator(folder: Path, tensors: Mapping[str, Array] | None = None) -> Iterator[Live]:
+def coordinator(
+    folder: Path, tensors: Mapping[str, Array] | None = None, limits: Limits | None = None
+) -> Iterator[Live]:
     """A running coordinator with one model."""
-    live = Live(make_coordinator(folder, tensors))
+    make_coordinator(folder, tensors)
+    if limits is not None:
+        changed = settings.load(folder).model_copy(update={"limits": limits})
+        settings.save(changed, folder)
+    live = Live(folder)
     try:
         yield live
     finally:

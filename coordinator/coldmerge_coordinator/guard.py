@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 SEEN_EVERY = timedelta(seconds=30)
 UNGUARDED = "/grpc.health.v1.Health/"
+NOT_SERVED = "This is not served here."
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -57,7 +58,7 @@ class Guard(grpc.aio.ServerInterceptor):
         if details.method.startswith(UNGUARDED):
             return handler
         if handler is None:
-            return _not_served(self, details) if details.method in ALLOWED else None
+            return self.not_served(details)
         if handler.response_streaming:
             stream = _guarded_stream(self, details, handler.unary_stream)
             return grpc.unary_stream_rpc_method_handler(
@@ -74,6 +75,10 @@ class Guard(grpc.aio.ServerInterceptor):
             handler.request_deserializer,
             handler.response_serializer,
         )
+
+    def not_served(self, details: Any) -> Any:
+        """The handler of a method that this listener does not have: first, who may call it."""
+        return _not_served(self, details) if details.method in ALLOWED else None
 
     async def admit(self, details: Any, context: Any) -> AbstractContextManager[None]:
         """Let the call in, or raise. It goes on inside the context that comes back.
@@ -164,6 +169,9 @@ class OpenGuard(Guard):
         self._clock = clock
         self._rate = Rate(store.config.limits.enrolments_per_minute)
 
+    def not_served(self, _details: Any) -> None:
+        """Nothing but enrolment is here, for anybody."""
+
     async def identify(self, _context: Any) -> None:
         """Nobody yet; an address may try only so often."""
         self._rate.check(address_of(_context.peer()), self._clock.now())
@@ -210,7 +218,7 @@ def _not_served(guard: Guard, details: Any) -> Any:
         except Exception as error:
             await refuse(context, details.method, error)
             raise
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "This is not served here.")
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, NOT_SERVED)
 
     return grpc.stream_stream_rpc_method_handler(run)
 
@@ -219,6 +227,8 @@ async def refuse(context: Any, method: str, error: Exception) -> None:
     """End a call with the status and details of `error`."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, NotImplementedError):
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, NOT_SERVED)
     if isinstance(error, OSError) and not isinstance(error, ColdmergeError):
         error = _disk_error(error)
     if not isinstance(error, ColdmergeError):

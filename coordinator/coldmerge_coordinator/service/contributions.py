@@ -21,7 +21,6 @@ from coldmerge_coordinator.service.intake import Intake
 from coldmerge_coordinator.service.messages import contribution_message, receipt_message
 from coldmerge_coordinator.service.rules import own
 from coldmerge_coordinator.service.uploads import LiveUpload
-from coldmerge_coordinator.store import contributions
 from coldmerge_coordinator.store.models import Contribution
 
 RECHECK_CHUNKS = 8
