@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -68,15 +69,18 @@ class Host:
         found: str = json.loads((self.folder / "run.json").read_text())["api"]
         return found
 
-    def start(self, *, real: bool = False) -> None:
-        """Start what does not run. `real`: by the command, with a worker under supervision."""
+    def start(self, *, real: bool = False, unless: Callable[[], bool] = lambda: False) -> None:
+        """Start what does not run, and wait until it serves (or `unless` says not to).
+
+        `real`: by the command, with a worker under supervision.
+        """
         if real and self.api is None and self.worker is None:
             self._start_command()
         if self.api is None:
             self.api = self.zygote.serve(self.folder, self.log)
         if self.worker is None and self.real is None:
             self.worker = self.zygote.work(self.folder, self.log, self.api)
-        until("the coordinator to serve", self._ready, every=0.005)
+        until("the coordinator to serve", lambda: self._ready() or unless(), every=0.005)
 
     def _start_command(self) -> None:
         with self.log.open("ab") as log:

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -120,13 +120,19 @@ class Pending:
 
 
 class Member:
-    """One contributor: `step` does the next thing there is to do."""
+    """One contributor: `step` does the next thing there is to do.
 
-    def __init__(self, home: Home, ledger: Ledger, seed: int) -> None:
+    `habit`: what it does in every round, instead of what it draws.
+    """
+
+    def __init__(
+        self, home: Home, ledger: Ledger, seed: int, habit: Sequence[str] | None = None
+    ) -> None:
         self.session = Session.open(home, timeout=0)
         self.name = self.session.member.contributor
         self._ledger = ledger
         self._draw = random.Random(f"{self.name} {seed}")
+        self._habit = habit
         self._key = home.identity_key()
         self._pending: Pending | None = None
         self._plan: list[str] = []
@@ -151,6 +157,8 @@ class Member:
         return False
 
     def _new_plan(self) -> list[str]:
+        if self._habit is not None:
+            return list(self._habit)
         drawn = self._draw.random()
         if drawn < 0.1:
             return ["send", "take back", "send"]
