@@ -46,7 +46,7 @@ class Trap:
         self._thread.start()
 
     def arm(self, at: int | None, group: Callable[[], int | None]) -> None:
-        """Count from here on, and kill the group at step `at` (the first is 1); None: only count."""
+        """Count from here on; kill the group at step `at` (the first is 1), or only count."""
         with self._lock:
             self._at, self._group, self.entered = at, group, []
             self.hit.clear()
