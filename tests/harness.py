@@ -53,6 +53,7 @@ from coldmerge_coordinator.servers import Servers
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store.models import Round, Upload
+from tests.backends import coordinator_config
 from tests.support import DTYPES, write_model
 
 Array = npt.NDArray[np.generic]
@@ -318,7 +319,8 @@ def deltas(seed: int = 1) -> dict[str, Array]:
 
 def make_coordinator(folder: Path, tensors: Mapping[str, Array] | None = None) -> Path:
     """A coordinator's folder with one model, on free ports."""
-    setup.init(folder, federation="test", listen="127.0.0.1:0", enrol_listen="127.0.0.1:0")
+    listen = {"listen": "127.0.0.1:0", "enrol_listen": "127.0.0.1:0"}
+    setup.init(folder, federation="test", **listen, **coordinator_config())
     source = write_model(folder.parent / f"{folder.name}-source", tensors or model_tensors())
     with Store.open(folder) as store:
         add_model(store, MODEL, source, ("classifier.*",))

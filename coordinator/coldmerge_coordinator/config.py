@@ -17,6 +17,8 @@ from coldmerge.core.files import fsync_path
 from coldmerge.core.validation import first_problem
 
 FILE_NAME = "config.yaml"
+SQLITE = "sqlite:///coldmerge.db"
+"""The embedded database: a file in the coordinator's folder."""
 
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")]
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,253}$")]
@@ -55,7 +57,7 @@ class CoordinatorConfig(BaseModel):
     listen: Address = "127.0.0.1:7443"
     enrol_listen: Address = "127.0.0.1:7444"
     hosts: tuple[Host, ...] = Field(default=("localhost",), min_length=1)
-    database_url: str = "sqlite:///coldmerge.db"
+    database_url: str = SQLITE
     min_protocol: int = Field(default=1, ge=1)
     limits: Limits = Limits()
 
