@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
-from coldmerge.core.errors import ConflictError, PermissionDeniedError
+from coldmerge.core.errors import ConflictError, ManifestError, PermissionDeniedError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.evaluation.metrics import PairedScores
 from coldmerge.rounds.statistics import statistics_for
@@ -152,7 +152,7 @@ class _Loop:
         if self.session.member.role == "evaluator":
             self.part_of.add(round_.id)
             return True
-        mine = self.session.contributions(self.model, round_.id)
+        mine = self.session.contributions(self.model, "" if round_.remerge else round_.id)
         if any(contribution.state == _ADMITTED for contribution in mine):
             self.part_of.add(round_.id)
         return round_.id in self.part_of
@@ -226,14 +226,20 @@ class _Loop:
         """Report on a candidate, once."""
         if not self._contributed(round_) or round_.state != _State.CANDIDATE:
             return
-        if round_.min_evaluators == 0 or self._judged() == round_.id:
+        if round_.min_evaluators == 0 or self._judged() == _candidate_of(round_):
             return
         self._tell("evaluating", "Judging the candidate on our own data", round_)
         scores = evaluate(self.session, round_, self.terms.config, progress=self.terms.progress)
         if self._may_leave(round_, scores):
             self._report(round_, scores)
         with self.session.home.state() as state:
-            state.setdefault("judged", {})[self.model] = round_.id
+            state.setdefault("judged", {})[self.model] = _candidate_of(round_)
+        prune(
+            self.session.home,
+            self.model,
+            keep=self.terms.keep,
+            candidate=round_.candidate_digest,
+        )
         self.last = None
 
     def _may_leave(self, round_: common_pb2.Round, scores: PairedScores) -> bool:
@@ -249,8 +255,9 @@ class _Loop:
     def _report(self, round_: common_pb2.Round, scores: PairedScores) -> None:
         try:
             report(self.session, round_, scores)
-        except ConflictError:
-            if self.session.round(round_.id).state == _State.CANDIDATE:
+        except (ConflictError, ManifestError):
+            now = self.session.round(round_.id)
+            if now.state == _State.CANDIDATE and _candidate_of(now) == _candidate_of(round_):
                 raise
             self._tell("skipped", "The gate had decided before our report", round_)
         else:
@@ -258,7 +265,12 @@ class _Loop:
             self._tell("evaluated", f"Accuracy {change:+.1f} points on {scores.n} items", round_)
 
     def _judged(self) -> str | None:
-        """The last round we judged. Two rounds on one release may make the same candidate."""
+        """The candidate we judged last. Two rounds on one release may make the same one."""
         with self.session.home.state() as state:
             found: str | None = state.get("judged", {}).get(self.model)
         return found
+
+
+def _candidate_of(round_: common_pb2.Round) -> str:
+    """Names a round's candidate: there is another one in each trial of the gate's search."""
+    return f"{round_.id}#{round_.trial}" if round_.trial else round_.id

@@ -14,18 +14,23 @@ One key widens it, and only for rounds whose merge method asks for it: statistic
 about the data than weights do, so they stay here until their owner agrees.
 
     may_send: [fisher, gram]      Fisher information, Gram matrices of activations
+
+Another lets the gate's search for a bad update look at ours alone, in rounds that ask for it:
+whoever sees the candidates with and without it can compute it.
+
+    allow_leave_one_out: true
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from coldmerge.core import yaml_file
-from coldmerge.core.documents import Encoding, Statistic
+from coldmerge.core.documents import LEAVE_ONE_OUT, Encoding, Statistic
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.validation import first_problem
 
@@ -41,6 +46,7 @@ class SendPolicy(BaseModel):
     max_bytes: int | None = Field(default=None, gt=0)
     metrics: bool = True
     may_send: tuple[Literal["fisher", "gram"], ...] = ()
+    allow_leave_one_out: bool = False
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -52,11 +58,11 @@ class SendPolicy(BaseModel):
         if not path.exists():
             return cls()
         try:
-            return cls.model_validate(yaml_file.load(path) or {})
+            return cls.model_validate(yaml.safe_load(path.read_text("utf-8")) or {})
         except ValidationError as error:
             first = first_problem(error)
             problem = f"{first.key}: {first.text}."
-        except (OSError, yaml.YAMLError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             problem = str(error)
         raise ConfigError(
             "policy.bad_file",
@@ -69,6 +75,12 @@ class SendPolicy(BaseModel):
     def keeps(self, kind: Statistic) -> bool:
         """Whether a statistic stays here. Trim thresholds follow from the deltas: they may go."""
         return kind != "trim" and kind not in self.may_send
+
+    def consents(self, round_policy: str) -> tuple[Literal["leave_one_out"], ...]:
+        """What we agree to in a round whose policy (JSON) asks for it."""
+        gate = json.loads(round_policy or "{}").get("gate") or {}
+        asked = self.allow_leave_one_out and gate.get("isolate_singles")
+        return (LEAVE_ONE_OUT,) if asked else ()
 
     def narrowed(self, *, require_approval: bool = False, encoding: Encoding | None = None) -> Self:
         """The same policy with the stricter of two answers on approval, and another encoding."""

@@ -52,8 +52,8 @@ class Leaving:
     """All that would leave with a contribution (or an evaluation), and what stays and why.
 
     `tensors` pairs each name with its bytes, statistics among them: `statistics` says which
-    kinds, and what they were made of. Besides tensors only `numbers` leave: what the signed
-    manifest says.
+    kinds, and what they were made of. Besides tensors only `numbers` and `consents` leave: what
+    the signed manifest says.
     """
 
     model: str
@@ -67,6 +67,7 @@ class Leaving:
     kept_home: tuple[tuple[str, str], ...]
     unchanged: int
     statistics: Mapping[Statistic, float] = field(default_factory=dict)
+    consents: tuple[str, ...] = ()
 
 
 def open_round(session: Session, model: str, base: int | None = None) -> common_pb2.Round:
@@ -148,6 +149,7 @@ def prepare(
         try:
             found = _extract(base, tuned, draft / PAYLOAD, policy, merge, progress)
             manifest = _manifest(session, base, round_.id, found, facts, policy)
+            manifest = manifest.model_copy(update={"consents": policy.consents(round_.policy_json)})
             check_size(manifest, policy)
             check_message(manifest)
             signed = sign(manifest, home.identity_key())
@@ -339,6 +341,8 @@ def against_policy(manifest: Manifest, policy: SendPolicy) -> str | None:
             return f"{kind} statistics"
     if not policy.metrics and (manifest.metrics or manifest.training):
         return "numbers about training"
+    if manifest.consents and not policy.allow_leave_one_out:
+        return "consent to be left out of a candidate alone"
     return None
 
 
@@ -354,7 +358,8 @@ def check_policy(manifest: Manifest, policy: SendPolicy) -> None:
         raise PermissionDeniedError(
             "push.against_own_policy",
             "The contribution in the outbox holds what this machine's policy now keeps at home.",
-            expected="nothing that `private`, `metrics` and `may_send` in policy.yaml keep",
+            expected="nothing that `private`, `metrics`, `may_send` and `allow_leave_one_out` in "
+            "policy.yaml keep",
             got=found,
             hint="Run `coldmerge push` again: it prepares the fine-tune by today's policy.",
             round=manifest.round,
@@ -385,4 +390,5 @@ def _leaving(manifest: Manifest, kept_home: tuple[tuple[str, str], ...], unchang
         kept_home=kept_home,
         unchanged=unchanged,
         statistics=manifest.statistics,
+        consents=manifest.consents,
     )

@@ -248,6 +248,7 @@ def _print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
                 "tensors": dict(leaving.tensors),
                 "numbers": dict(leaving.numbers),
                 "statistics": dict(leaving.statistics),
+                "consents": list(leaving.consents),
                 "kept_home": dict(leaving.kept_home),
                 "unchanged": leaving.unchanged,
             }
@@ -269,6 +270,8 @@ def _print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
     out.print(f"[bold]Numbers:[/bold] {numbers}", highlight=False)
     for kind, value in sorted(leaving.statistics.items()):
         out.print(f"[bold]Statistic:[/bold] {_MADE_OF[kind].format(value)}", highlight=False)
+    if leaving.consents:
+        out.print("[bold]Consent:[/bold] a bad candidate may be tried without this alone")
     for name, reason in leaving.kept_home:
         out.print(f"[bold]Stays home:[/bold] {name} ({reason})", highlight=False)
     out.print(f"[bold]Unchanged:[/bold] {leaving.unchanged} tensors", highlight=False)

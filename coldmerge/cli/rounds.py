@@ -49,6 +49,9 @@ def round_row(message: Any) -> dict[str, object]:
         "opened_at": when(message, "opened_at"),
         "closes_at": when(message, "closes_at"),
         "held": message.held,
+        "trial": message.trial,
+        "left_out": message.left_out,
+        "remerge": message.remerge,
         "candidate": message.candidate_digest or None,
         "release": message.release_number if published else None,
         "reason": message.reason or None,
@@ -155,17 +158,30 @@ def show(
             "examples": item.examples,
             "accepted_at": item.accepted_at.ToJsonString(),
             "manifest": item.manifest_digest,
+            "reason": item.reason or None,
         }
         for item in admitted.contributions
+    ]
+    trials = [
+        {
+            "trial": trial.number,
+            "left_out": trial.left_out,
+            "passed": trial.passed,
+            "reason": trial.reason,
+        }
+        for trial in message.trials
     ]
     policy = json.loads(message.policy_json)
     if fmt is Format.JSON:
         row = round_row(message)
-        print_json({**row, "policy": policy, "admitted": contributions})
+        print_json({**row, "policy": policy, "admitted": contributions, "trials": trials})
         return
     print_record(round_row(message), fmt)
     out.print("\n[bold]policy[/bold]", json.dumps(policy), highlight=False)
     print_rows(contributions, fmt, empty="Nothing admitted yet.")
+    if trials:
+        out.print("\n[bold]the search for a bad update[/bold]")
+        print_rows(trials, fmt, empty="")
 
 
 def _act(method: str, request: Any, folder: Path, fmt: Format) -> None:

@@ -31,6 +31,8 @@ Encoding = Literal["fp32", "bf16"]
 Kind = Literal["full", "lora"]
 Statistic = Literal["fisher", "gram", "trim"]
 """What a contributor may ship about a tensor beside its delta: see `coldmerge.core.statistics`."""
+LEAVE_ONE_OUT: Literal["leave_one_out"] = "leave_one_out"
+"""Consent to candidates from which one's own task vector can be computed."""
 
 
 class Document(BaseModel):
@@ -140,11 +142,11 @@ class Manifest(Document):
     already folds alpha, rank and rsLoRA in: delta = scaling * B @ A. `statistics` says of
     what the statistics among the tensors (`<name>.fisher`, `.gram`, `.trim`) were made:
     examples, tokens, density. `metrics` and `training` hold numbers only: there is no field
-    that could carry an example.
+    that could carry an example. `consents`: what the contributor agrees to in this round.
     """
 
     schema_name = "coldmerge.manifest/1"
-    later = frozenset({"statistics"})
+    later = frozenset({"consents", "statistics"})
 
     federation: Identifier
     model: Identifier
@@ -163,6 +165,7 @@ class Manifest(Document):
     norm: float = Field(ge=0)
     metrics: dict[MetricName, float] = Field(default_factory=dict, max_length=64)
     training: dict[MetricName, float] = Field(default_factory=dict, max_length=64)
+    consents: tuple[Literal["leave_one_out"], ...] = Field(default=(), max_length=1)
 
     @property
     def payload_bytes(self) -> int:

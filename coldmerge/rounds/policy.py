@@ -24,7 +24,6 @@ from pydantic import (
     model_validator,
 )
 
-from coldmerge.core import yaml_file
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.validation import first_problem
 from coldmerge.rounds.statistics import statistics_for
@@ -96,6 +95,10 @@ class GatePolicy(_Frozen):
     counting once. A loss beyond `max_loss` is a veto: more than `max_vetoes` of them
     reject. Up to that many, if they are a minority of the reports, are set aside, so
     that one liar holds no veto. The mean gain of the others must reach `min_mean_gain`.
+
+    With `on_reject: isolate` the round then looks for whose contribution it was: see
+    `coldmerge.rounds.isolation`. Groups of fewer than `isolate_least` are left out only with
+    `isolate_singles` and the consent of everybody in them.
     """
 
     min_evaluators: int = Field(default=1, ge=1, le=10_000)
@@ -105,6 +108,9 @@ class GatePolicy(_Frozen):
     max_vetoes: int = Field(default=1, ge=0, le=10_000)
     window: Duration = timedelta(hours=1)
     on_timeout: Literal["hold", "reject", "publish_flagged"] = "hold"
+    on_reject: Literal["reject", "isolate"] = "reject"
+    isolate_least: int = Field(default=2, ge=2, le=1000)
+    isolate_singles: bool = False
 
 
 class MergePolicy(_Frozen):
@@ -229,8 +235,8 @@ def load_yaml(path: Path) -> RoundTemplate:
         ConfigError: unreadable file, bad YAML, or a wrong key.
     """
     try:
-        values = yaml_file.load(path)
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             "policy.unreadable",
             f"The round policy {path} cannot be read: {error}",

@@ -2,8 +2,11 @@
 
     OPEN → SEALED → MERGING → CANDIDATE → PUBLISHED | REJECTED
 
-and ABANDONED from any state before the last two. The database applies what comes out by
-compare-and-set, so two processes that see the same round cannot both move it.
+and ABANDONED from any state before the last two. A rejected candidate may send the round back
+to SEALED, to try one without some of the inputs: see `coldmerge.rounds.judging`.
+
+The database applies what comes out by compare-and-set, so two processes that see the same
+round cannot both move it.
 """
 
 from __future__ import annotations
@@ -11,67 +14,50 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from enum import StrEnum
 from typing import Any
 
-from coldmerge.core.documents import Evaluation
 from coldmerge.core.errors import ConflictError
-from coldmerge.rounds.gate import Decision, Verdict, decide
+from coldmerge.rounds.judging import judge, tried
 from coldmerge.rounds.policy import RoundPolicy, format_duration
+from coldmerge.rounds.view import (
+    Effect,
+    FreezeInputs,
+    Notify,
+    Outcome,
+    Publish,
+    RoundView,
+    State,
+    abandoned,
+    published,
+    rejected,
+)
+
+__all__ = [
+    "MAX_MERGE_ATTEMPTS",
+    "Abandon",
+    "Contributed",
+    "Effect",
+    "Evaluated",
+    "Event",
+    "Extend",
+    "FreezeInputs",
+    "MergeDone",
+    "MergeFailed",
+    "MergeStarted",
+    "Notify",
+    "Outcome",
+    "Publish",
+    "Resolve",
+    "RoundView",
+    "Seal",
+    "State",
+    "Tick",
+    "Withdrawn",
+    "open_view",
+    "transition",
+]
 
 MAX_MERGE_ATTEMPTS = 3
-
-
-class State(StrEnum):
-    """Where a round is."""
-
-    OPEN = "OPEN"
-    SEALED = "SEALED"
-    MERGING = "MERGING"
-    CANDIDATE = "CANDIDATE"
-    PUBLISHED = "PUBLISHED"
-    REJECTED = "REJECTED"
-    ABANDONED = "ABANDONED"
-
-    @property
-    def active(self) -> bool:
-        """Whether the round still goes on: a model has at most one such round."""
-        return self in _ACTIVE
-
-
-_ACTIVE = frozenset({State.OPEN, State.SEALED, State.MERGING, State.CANDIDATE})
-
-
-@dataclass(frozen=True)
-class RoundView:
-    """A round as the transition sees it, and what it may change.
-
-    `contributors`: names with an admitted contribution, sorted. `evaluations`: the last
-    one of each contributor. `evaluators`: whose evaluation the gate waits for: the
-    contributors, less those that were revoked since.
-    """
-
-    id: str
-    model: str
-    state: State
-    policy: RoundPolicy
-    opened_at: datetime
-    closes_at: datetime | None = None
-    contributors: tuple[str, ...] = ()
-    evaluators: tuple[str, ...] = ()
-    evaluations: tuple[Evaluation, ...] = ()
-    candidate_digest: str | None = None
-    candidate_master: str | None = None
-    candidate_state: str | None = None
-    evaluation_closes_at: datetime | None = None
-    held: bool = False
-    reason: str | None = None
-    merge_attempts: int = 0
-
-    @property
-    def contributions(self) -> int:
-        """How many contributions are admitted."""
-        return len(self.contributors)
 
 
 @dataclass(frozen=True)
@@ -161,30 +147,6 @@ Event = (
 )
 
 
-@dataclass(frozen=True)
-class FreezeInputs:
-    """Write down the manifest digests of the admitted contributions: the merge reads only those."""
-
-
-@dataclass(frozen=True)
-class Publish:
-    """Publish the candidate, in the same database transaction."""
-
-    flags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Notify:
-    """Tell the admins, by the policy's webhook."""
-
-    kind: str
-    text: str
-
-
-Effect = FreezeInputs | Publish | Notify
-Outcome = tuple[RoundView, tuple[Effect, ...]]
-
-
 def open_view(round_id: str, model: str, policy: RoundPolicy, now: datetime) -> RoundView:
     """A round that opens at `now`."""
     closes_at = None if policy.duration is None else now + policy.duration
@@ -219,7 +181,7 @@ def transition(view: RoundView, event: Event, now: datetime) -> Outcome:
 
 def _tick(view: RoundView, _event: Event, now: datetime) -> Outcome:
     if view.state is State.CANDIDATE:
-        return _judge(view, now)
+        return judge(view, now)
     if view.closes_at is None or now < view.closes_at:
         return view, ()
     if view.contributions >= view.policy.min_contributions:
@@ -232,7 +194,7 @@ def _tick(view: RoundView, _event: Event, now: datetime) -> Outcome:
         moved = replace(view, closes_at=now + view.policy.duration, reason=missed)
         text = f"{missed}; extended by {format_duration(view.policy.duration)}"
         return moved, (Notify("round.stuck", text),)
-    return _abandoned(view, missed)
+    return abandoned(view, missed)
 
 
 def _contributed(view: RoundView, _event: Event, _now: datetime) -> Outcome:
@@ -265,12 +227,7 @@ def _sealed(view: RoundView) -> Outcome:
 
 
 def _abandon(view: RoundView, event: Abandon, _now: datetime) -> Outcome:
-    return _abandoned(view, event.reason)
-
-
-def _abandoned(view: RoundView, reason: str) -> Outcome:
-    ended = replace(view, state=State.ABANDONED, held=False, reason=reason)
-    return ended, (Notify("round.abandoned", reason),)
+    return abandoned(view, event.reason)
 
 
 def _extend(view: RoundView, event: Extend, now: datetime) -> Outcome:
@@ -295,10 +252,10 @@ def _merge_started(view: RoundView, _event: Event, _now: datetime) -> Outcome:
 def _merge_failed(view: RoundView, event: MergeFailed, _now: datetime) -> Outcome:
     attempts = view.merge_attempts + 1
     reason = f"merge attempt {attempts} of {MAX_MERGE_ATTEMPTS} failed: {event.error}"
-    tried = replace(view, state=State.SEALED, merge_attempts=attempts, reason=reason)
+    again = replace(view, state=State.SEALED, merge_attempts=attempts, reason=reason)
     if attempts >= MAX_MERGE_ATTEMPTS:
-        return _abandoned(tried, reason)
-    return tried, (Notify("round.stuck", reason),)
+        return tried(again, passed=False, why=reason) if view.trial else abandoned(again, reason)
+    return again, (Notify("round.stuck", reason),)
 
 
 def _merge_done(view: RoundView, event: MergeDone, now: datetime) -> Outcome:
@@ -312,12 +269,12 @@ def _merge_done(view: RoundView, event: MergeDone, now: datetime) -> Outcome:
     )
     gate = view.policy.gate
     if gate is None:
-        return _published(candidate, ("ungated",), "the round has no gate")
+        return published(candidate, ("ungated",), "the round has no gate")
     return replace(candidate, evaluation_closes_at=now + gate.window), ()
 
 
 def _evaluated(view: RoundView, _event: Event, now: datetime) -> Outcome:
-    return _judge(view, now)
+    return judge(view, now)
 
 
 def _resolve(view: RoundView, event: Resolve, _now: datetime) -> Outcome:
@@ -330,39 +287,8 @@ def _resolve(view: RoundView, event: Resolve, _now: datetime) -> Outcome:
             model=view.model,
         )
     if event.publish:
-        return _published(view, ("unchecked",), event.reason)
-    return _rejected(view, event.reason)
-
-
-def _judge(view: RoundView, now: datetime) -> Outcome:
-    gate = view.policy.gate
-    if gate is None or view.evaluation_closes_at is None:
-        return view, ()
-    decision = decide(view.evaluations, gate, now, view.evaluation_closes_at, view.evaluators)
-    why = _sentence(decision)
-    if decision.verdict is Verdict.PUBLISH:
-        return _published(view, (), why)
-    if decision.verdict is Verdict.PUBLISH_FLAGGED:
-        return _published(view, ("unchecked",), why)
-    if decision.verdict is Verdict.REJECT:
-        return _rejected(view, why)
-    if decision.verdict is Verdict.HOLD and not view.held:
-        return replace(view, held=True, reason=why), (Notify("round.stuck", f"held: {why}"),)
-    return view, ()
-
-
-def _sentence(decision: Decision) -> str:
-    return "; ".join(decision.reasons)
-
-
-def _published(view: RoundView, flags: tuple[str, ...], why: str) -> Outcome:
-    ended = replace(view, state=State.PUBLISHED, held=False, reason=why)
-    return ended, (Publish(flags), Notify("round.published", why))
-
-
-def _rejected(view: RoundView, why: str) -> Outcome:
-    ended = replace(view, state=State.REJECTED, held=False, reason=why)
-    return ended, (Notify("round.rejected", why),)
+        return published(view, ("unchecked",), event.reason)
+    return rejected(view, event.reason)
 
 
 _Handler = Callable[[RoundView, Any, datetime], Outcome]  # Any: each takes its own event
@@ -371,7 +297,7 @@ _HANDLERS: dict[type[Event], tuple[_Handler, frozenset[State]]] = {
     Contributed: (_contributed, frozenset({State.OPEN})),
     Withdrawn: (_withdrawn, frozenset({State.OPEN})),
     Seal: (_seal, frozenset({State.OPEN})),
-    Abandon: (_abandon, _ACTIVE),
+    Abandon: (_abandon, frozenset(state for state in State if state.active)),
     Extend: (_extend, frozenset({State.OPEN, State.CANDIDATE})),
     MergeStarted: (_merge_started, frozenset({State.SEALED, State.MERGING})),
     MergeDone: (_merge_done, frozenset({State.MERGING})),

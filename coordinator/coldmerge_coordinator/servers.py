@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from coldmerge.wire.v1 import (
 )
 from coldmerge_coordinator.guard import Guard, LocalGuard, OpenGuard, PeerGuard
 from coldmerge_coordinator.identity import LEAF_LIFETIME, Authority
-from coldmerge_coordinator.sentry import Sentry
 from coldmerge_coordinator.service.admin_service import Addresses, AdminService
 from coldmerge_coordinator.service.backend import Backend
 from coldmerge_coordinator.service.contributions import ContributionsService
@@ -79,11 +79,10 @@ class Servers:
         self._certificate = ServerCertificate(self._authority, store.config.hosts, clock)
         self._backend = Backend(store, clock)
         self._intake = Intake(store, clock)
-        self._sentry = Sentry(store, clock)
         self._clock = clock
         self._health = health.HealthServicer()
         self._servers: list[Any] = []
-        self._background: list[asyncio.Task[None]] = []
+        self._pulse: asyncio.Task[None] | None = None
         self.addresses = Addresses()
         self.socket = store.folder / SOCKET
 
@@ -94,7 +93,7 @@ class Servers:
             ConfigError: an address cannot be listened on.
         """
         config, store = self._store.config, self._store
-        api = self._server(PeerGuard(store, self._clock, self._sentry))
+        api = self._server(PeerGuard(store, self._clock))
         self._add_readers(api)
         contributions_pb2_grpc.add_ContributionsServicer_to_server(  # type: ignore[no-untyped-call]
             ContributionsService(self._backend, self._intake), api
@@ -115,8 +114,7 @@ class Servers:
         for server in self._servers:
             await server.start()
         self.socket.chmod(0o600)
-        for work in (self._backend.pulse.run(), self._sentry.run()):
-            self._background.append(asyncio.create_task(work))
+        self._pulse = asyncio.create_task(self._backend.pulse.run())
 
     def _server(self, guard: Guard) -> Any:
         server = grpc.aio.server(
@@ -171,9 +169,10 @@ class Servers:
         self._backend.pulse.stop()
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        if self._pulse is not None:
+            self._pulse.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._pulse
         await asyncio.to_thread(self._intake.close)
         await asyncio.to_thread(self._backend.close)
         self.socket.unlink(missing_ok=True)

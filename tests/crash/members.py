@@ -11,12 +11,11 @@ import hashlib
 import random
 import secrets
 import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +43,6 @@ PIECE = 2**15
 BAD_BELOW = 0x18
 """Candidates whose digest begins with less are judged bad by everybody."""
 
-Kind = Literal["receipt", "asked", "withdrawn", "evaluation", "committed", "release"]
 Base = dict[str, NDArray[Any]]
 Deltas = dict[str, NDArray[np.float32]]
 Round = common_pb2.Round
@@ -69,16 +67,6 @@ def deltas(base: Base, seed: int) -> Deltas:
     }
 
 
-@dataclass(frozen=True)
-class Told:
-    """Something the coordinator has said, or (`asked`) was asked to do, and when (Unix time)."""
-
-    at: float
-    kind: Kind
-    what: tuple[str, ...]
-    size: int = 0
-
-
 @dataclass
 class Ledger:
     """What all contributors sent and what they were promised. Threads share it."""
@@ -87,14 +75,10 @@ class Ledger:
     seeds: dict[str, int] = field(default_factory=dict)
     receipts: dict[str, Signed] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
-    told: list[Told] = field(default_factory=list)
+    judged: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def hears(self, kind: Kind, *what: str, size: int = 0) -> None:
-        """Remember what was said this moment."""
-        self.told.append(Told(time.time(), kind, what, size))
 
     def happens(self, event: str) -> None:
         """Say what is being done this moment."""
@@ -120,19 +104,13 @@ class Pending:
 
 
 class Member:
-    """One contributor: `step` does the next thing there is to do.
+    """One contributor: `step` does the next thing there is to do."""
 
-    `habit`: what it does in every round, instead of what it draws.
-    """
-
-    def __init__(
-        self, home: Home, ledger: Ledger, seed: int, habit: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, home: Home, ledger: Ledger, seed: int) -> None:
         self.session = Session.open(home, timeout=0)
         self.name = self.session.member.contributor
         self._ledger = ledger
         self._draw = random.Random(f"{self.name} {seed}")
-        self._habit = habit
         self._key = home.identity_key()
         self._pending: Pending | None = None
         self._plan: list[str] = []
@@ -157,8 +135,6 @@ class Member:
         return False
 
     def _new_plan(self) -> list[str]:
-        if self._habit is not None:
-            return list(self._habit)
         drawn = self._draw.random()
         if drawn < 0.1:
             return ["send", "take back", "send"]
@@ -221,7 +197,6 @@ class Member:
             receipt = verify(signed, Receipt, self.session.member.verifier())
             assert receipt.manifest_digest == self._pending.manifest.digest()
             self._ledger.receipts[receipt.contribution] = signed
-            self._ledger.hears("receipt", receipt.contribution)
             self._ledger.happens("receipt")
             self._pending = None
 
@@ -235,8 +210,7 @@ class Member:
             stop //= 2  # hang up half way, and come back
         self._ledger.happens("write")
         if begun.committed_size < stop:
-            size = self.session.write(_pieces(pending, begun, stop), stop)
-            self._ledger.hears("committed", begun.upload_id, size=size)
+            self.session.write(_pieces(pending, begun, stop), stop)
         if stop < len(pending.payload):
             return None
         self._ledger.happens("commit")
@@ -247,11 +221,11 @@ class Member:
         for each in ours:
             if each.state == contributions_pb2.Contribution.ADMITTED:
                 self._ledger.given_up.add(each.id)
-                self._ledger.hears("asked", each.id)
                 self._ledger.happens("withdraw")
-                with suppress(ConflictError, NotFoundError):
+                try:
                     self.session.withdraw(each.id)
-                    self._ledger.hears("withdrawn", each.id)
+                except (ConflictError, NotFoundError):
+                    return
 
     def judge(self, found: Round) -> None:
         """Report an evaluation: the digest alone decides what everybody finds."""
@@ -276,8 +250,8 @@ class Member:
         self._ledger.happens("judge")
         with suppress(ConflictError):  # the others have decided
             self.session.report_evaluation(sign(evaluation, self._key))
-            self._ledger.hears("evaluation", found.id, self.name)
         self._judged = found.candidate_digest
+        self._ledger.judged[found.id] += 1
 
 
 def _pieces(

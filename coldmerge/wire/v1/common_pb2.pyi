@@ -76,7 +76,7 @@ class ErrorDetail(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., expected: _Optional[str] = ..., got: _Optional[str] = ..., ids: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Round(_message.Message):
-    __slots__ = ("id", "model", "state", "mode", "base_number", "base_digest", "opened_at", "closes_at", "min_contributions", "max_contributions", "contributions", "candidate_digest", "evaluation_closes_at", "min_evaluators", "evaluations", "release_number", "reason", "held", "policy_json", "probe_seed", "trial", "left_out")
+    __slots__ = ("id", "model", "state", "mode", "base_number", "base_digest", "opened_at", "closes_at", "min_contributions", "max_contributions", "contributions", "candidate_digest", "evaluation_closes_at", "min_evaluators", "evaluations", "release_number", "reason", "held", "policy_json", "probe_seed", "trial", "left_out", "trials", "remerge")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Round.State]
@@ -123,6 +123,8 @@ class Round(_message.Message):
     PROBE_SEED_FIELD_NUMBER: _ClassVar[int]
     TRIAL_FIELD_NUMBER: _ClassVar[int]
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    TRIALS_FIELD_NUMBER: _ClassVar[int]
+    REMERGE_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     state: Round.State
@@ -145,4 +147,18 @@ class Round(_message.Message):
     probe_seed: int
     trial: int
     left_out: int
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[Round.State, str]] = ..., mode: _Optional[_Union[Round.Mode, str]] = ..., base_number: _Optional[int] = ..., base_digest: _Optional[str] = ..., opened_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., closes_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., min_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., contributions: _Optional[int] = ..., candidate_digest: _Optional[str] = ..., evaluation_closes_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., min_evaluators: _Optional[int] = ..., evaluations: _Optional[int] = ..., release_number: _Optional[int] = ..., reason: _Optional[str] = ..., held: _Optional[bool] = ..., policy_json: _Optional[str] = ..., probe_seed: _Optional[int] = ..., trial: _Optional[int] = ..., left_out: _Optional[int] = ...) -> None: ...
+    trials: _containers.RepeatedCompositeFieldContainer[Trial]
+    remerge: bool
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[Round.State, str]] = ..., mode: _Optional[_Union[Round.Mode, str]] = ..., base_number: _Optional[int] = ..., base_digest: _Optional[str] = ..., opened_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., closes_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., min_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., contributions: _Optional[int] = ..., candidate_digest: _Optional[str] = ..., evaluation_closes_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., min_evaluators: _Optional[int] = ..., evaluations: _Optional[int] = ..., release_number: _Optional[int] = ..., reason: _Optional[str] = ..., held: _Optional[bool] = ..., policy_json: _Optional[str] = ..., probe_seed: _Optional[int] = ..., trial: _Optional[int] = ..., left_out: _Optional[int] = ..., trials: _Optional[_Iterable[_Union[Trial, _Mapping]]] = ..., remerge: _Optional[bool] = ...) -> None: ...
+
+class Trial(_message.Message):
+    __slots__ = ("number", "left_out", "passed", "reason")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    PASSED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    left_out: int
+    passed: bool
+    reason: str
+    def __init__(self, number: _Optional[int] = ..., left_out: _Optional[int] = ..., passed: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...

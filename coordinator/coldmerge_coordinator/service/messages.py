@@ -8,10 +8,11 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from coldmerge.core.documents import Signed
+from coldmerge.rounds.isolation import Trial
 from coldmerge.wire.convert import put_content, signed_to_proto, timestamp
 from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2, models_pb2
 from coldmerge_coordinator.service.admin import machines_of
-from coldmerge_coordinator.store import contributions, releases, rounds
+from coldmerge_coordinator.store import contributions, releases, rounds, trials
 from coldmerge_coordinator.store.models import (
     Contribution,
     Contributor,
@@ -82,12 +83,26 @@ def round_message(session: Session, row: Round) -> common_pb2.Round:
         held=row.held,
         policy_json=json.dumps(visible, sort_keys=True),
         probe_seed=row.probe_seed,
+        trial=row.trial,
+        left_out=len(row.left_out or ()),
+        trials=[_trial_message(trial) for trial in trials.of(row)],
+        remerge=row.replay is not None,
     )
     if row.closes_at is not None:
         message.closes_at.CopyFrom(timestamp(row.closes_at))
     if row.evaluation_closes_at is not None:
         message.evaluation_closes_at.CopyFrom(timestamp(row.evaluation_closes_at))
     return message
+
+
+def _trial_message(trial: Trial) -> common_pb2.Trial:
+    """Without names: a suspect may be innocent."""
+    return common_pb2.Trial(
+        number=trial.number,
+        left_out=len(trial.left_out),
+        passed=trial.passed,
+        reason=trial.reason,
+    )
 
 
 def contribution_message(row: Contribution) -> contributions_pb2.Contribution:
@@ -102,6 +117,7 @@ def contribution_message(row: Contribution) -> contributions_pb2.Contribution:
         payload_bytes=row.payload_bytes,
         examples=row.examples,
         accepted_at=timestamp(row.accepted_at),
+        reason=row.reason or "",
     )
 
 
@@ -121,6 +137,7 @@ def admitted_message(row: Contribution) -> admin_pb2.AdmittedContribution:
         norm=row.norm,
         accepted_at=timestamp(row.accepted_at),
         state=row.state,
+        reason=row.reason or "",
     )
 
 

@@ -28,9 +28,8 @@ _INCOMING = "incoming"
 class BlobWriter:
     """One blob on its way in. A context manager: what was not committed is removed."""
 
-    def __init__(self, folder: Path, synced: set[str]) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._synced = synced
         self._temporary = folder / _INCOMING / f"{os.getpid()}-{secrets.token_hex(8)}"
         self._fd = os.open(
             self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
@@ -69,13 +68,11 @@ class BlobWriter:
     def _place(self, final: Path) -> None:
         if not final.exists() or final.stat().st_size != self.nbytes:
             os.fsync(self._fd)
-            final.parent.mkdir(exist_ok=True)
+            if not final.parent.is_dir():
+                final.parent.mkdir(exist_ok=True)
+                fsync_path(self._folder)
             self._temporary.rename(final)
         fsync_path(final.parent)
-        if final.parent.name not in self._synced:
-            # Whoever made the folder may have been killed before it was durable.
-            fsync_path(self._folder)
-            self._synced.add(final.parent.name)
 
     def close(self) -> None:
         """Drop what was not committed."""
@@ -96,12 +93,11 @@ class BlobStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._synced: set[str] = set()
         (folder / _INCOMING).mkdir(parents=True, exist_ok=True)
 
     def writer(self) -> BlobWriter:
         """A new blob: write its bytes, then commit."""
-        return BlobWriter(self.folder, self._synced)
+        return BlobWriter(self.folder)
 
     def put(self, data: bytes) -> tuple[str, int]:
         """Store `data`: (sha256, length)."""

@@ -71,13 +71,20 @@ def of_round(session: Session, round_id: str) -> list[Contribution]:
     )
 
 
+def kept(row: Round) -> list[str]:
+    """Manifest digests of what a sealed round merges: not what its trial leaves out."""
+    return sorted(set(row.sealed_inputs or ()) - set(row.left_out or ()))
+
+
 def sealed(session: Session, row: Round) -> list[Contribution]:
     """What a sealed round merges: its frozen inputs, sorted by manifest digest.
+
+    Without those that the trial at hand leaves out.
 
     Raises:
         IntegrityError: one of them is gone.
     """
-    digests = list(row.sealed_inputs or [])
+    digests = kept(row)
     found = {
         item.manifest_digest: item
         for item in of_round(session, row.id)
@@ -92,7 +99,7 @@ def sealed(session: Session, row: Round) -> list[Contribution]:
             hint="Restore the database from a backup, or abandon the round.",
             round=row.id,
         )
-    return [found[digest] for digest in sorted(digests)]
+    return [found[digest] for digest in digests]
 
 
 def get_manifest(row: Contribution) -> Manifest:

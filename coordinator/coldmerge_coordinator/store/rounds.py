@@ -21,7 +21,7 @@ from coldmerge.rounds.gate import check_evaluation
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import Effect, Event, RoundView, State
 from coldmerge_coordinator.recipes import resolved
-from coldmerge_coordinator.store import contributions, notices, releases
+from coldmerge_coordinator.store import contributions, notices, releases, trials
 from coldmerge_coordinator.store.models import Contributor, Evaluation, Release, Round
 from coldmerge_coordinator.store.releases import Recipe, Signer
 
@@ -106,7 +106,9 @@ def evaluations_of(session: Session, row: Round) -> list[Evaluation]:
 
 def view(session: Session, row: Round) -> RoundView:
     """The round as `coldmerge.rounds.state.transition` wants it."""
-    names = [item.contributor for item in contributions.admitted(session, row.id)]
+    inputs = contributions.admitted(session, row.id)
+    names = [item.contributor for item in inputs]
+    policy = get_policy(row)
     revoked = set(
         session.scalars(select(Contributor.name).where(Contributor.revoked_at.is_not(None)))
     )
@@ -115,7 +117,7 @@ def view(session: Session, row: Round) -> RoundView:
         id=row.id,
         model=row.model,
         state=State(row.state),
-        policy=get_policy(row),
+        policy=policy,
         opened_at=row.opened_at,
         closes_at=row.closes_at,
         contributors=tuple(sorted(names)),
@@ -132,6 +134,8 @@ def view(session: Session, row: Round) -> RoundView:
         held=row.held,
         reason=row.reason,
         merge_attempts=row.merge_attempts,
+        consenting=trials.consenting(policy, inputs),
+        **trials.read(session, row),
     )
 
 
@@ -223,6 +227,7 @@ def _store(session: Session, row: Round, after: RoundView, now: datetime) -> Non
             reason=after.reason,
             merge_attempts=after.merge_attempts,
             ended_at=None if after.state.active else now,
+            **trials.columns(session, row, after),
         )
     )
     if moved.rowcount != 1:
@@ -243,6 +248,7 @@ def _carry_out(session: Session, row: Round, effect: Effect, now: datetime, sign
         ]
     elif isinstance(effect, state.Publish):
         row.release_number = _publish(session, row, effect.flags, now, signer).number
+        trials.mark(session, row)
     else:
         body = notices.about_round(row, effect.kind, effect.text, signer.federation)
         notices.insert(session, get_policy(row).webhook, body, now)
@@ -265,11 +271,11 @@ def _publish(
         row.candidate_digest,
         row.candidate_master,
         now,
-        recipe=recipe(get_policy(row)),
+        recipe=recipe(get_policy(row)) | trials.note(row),
         state_digest=row.candidate_state,
         parents=(row.base_digest,),
         round_id=row.id,
-        contributions=tuple(row.sealed_inputs or ()),
+        contributions=tuple(contributions.kept(row)),
         flags=flags,
     )
 
