@@ -4,8 +4,10 @@ BIN := .venv/bin
 PROTOS := $(wildcard protos/coldmerge/v1/*.proto)
 DEMO ?=
 TEST ?=
+SECONDS ?= 60
+FUZZ ?=
 
-.PHONY: demo test test-all lint protos bench clean
+.PHONY: demo test test-all lint protos fuzz bench clean
 
 demo: .venv  ## the whole loop on this machine: DEMO="--rounds 2" passes options
 	$(BIN)/coldmerge demo $(DEMO)
@@ -25,6 +27,10 @@ lint: .venv  ## ruff, mypy --strict, import floors
 protos: .venv  ## write coldmerge/wire/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Icoldmerge/wire/v1=protos/coldmerge/v1 -Iprotos \
 	  --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+fuzz: .venv  ## every target under atheris, SECONDS each; fails on a crash or a wrong acceptance
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[fuzz]' -c constraints.txt
+	$(BIN)/python -m tests.fuzz --engine atheris --seconds $(SECONDS) $(FUZZ)
 
 bench: .venv  ## figures that the docs quote
 	$(BIN)/python -m benchmarks.loop

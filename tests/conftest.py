@@ -1,4 +1,4 @@
-"""Fixtures for tests that need a whole federation."""
+"""Where coordinators keep things, and fixtures for tests that need a whole federation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,35 @@ from pathlib import Path
 
 import pytest
 
+from tests import backends
 from tests.federation import Federation
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options that choose what coordinators run on."""
+    backends.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read them."""
+    backends.configure(config)
+
+
+def pytest_unconfigure() -> None:
+    """End the servers that tests were served by."""
+    backends.chosen.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _databases_of_a_module() -> Iterator[None]:
+    with backends.chosen.scope():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _databases_of_a_test() -> Iterator[None]:
+    with backends.chosen.scope():
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.backends import init_options
 from tests.support import free_ports
 from tests.support import until as until
 
@@ -53,7 +54,8 @@ class Hub:
     def init(self) -> None:
         """`coldmerge coordinator init`."""
         port, enrol = map(str, self.ports)
-        made = self.cli("coordinator", "init", self.folder, "--port", port, "--enrol-port", enrol)
+        ports = ("--port", port, "--enrol-port", enrol)
+        made = self.cli("coordinator", "init", self.folder, *ports, *init_options())
         self.fingerprint = made["fingerprint"]
 
     def start(self, **extra: str) -> None:

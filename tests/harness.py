@@ -44,13 +44,16 @@ from coldmerge.wire.v1 import (
     models_pb2_grpc,
     rounds_pb2_grpc,
 )
+from coldmerge_coordinator import config as settings
 from coldmerge_coordinator import setup
+from coldmerge_coordinator.config import Limits
 from coldmerge_coordinator.identity import Authority
 from coldmerge_coordinator.importing import add_model
 from coldmerge_coordinator.servers import Servers
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store.models import Round, Upload
+from tests.backends import coordinator_config
 from tests.support import DTYPES, write_model
 
 Array = npt.NDArray[np.generic]
@@ -316,7 +319,8 @@ def deltas(seed: int = 1) -> dict[str, Array]:
 
 def make_coordinator(folder: Path, tensors: Mapping[str, Array] | None = None) -> Path:
     """A coordinator's folder with one model, on free ports."""
-    setup.init(folder, federation="test", listen="127.0.0.1:0", enrol_listen="127.0.0.1:0")
+    listen = {"listen": "127.0.0.1:0", "enrol_listen": "127.0.0.1:0"}
+    setup.init(folder, federation="test", **listen, **coordinator_config())
     source = write_model(folder.parent / f"{folder.name}-source", tensors or model_tensors())
     with Store.open(folder) as store:
         add_model(store, MODEL, source, ("classifier.*",))
@@ -324,9 +328,15 @@ def make_coordinator(folder: Path, tensors: Mapping[str, Array] | None = None) -
 
 
 @contextmanager
-def coordinator(folder: Path, tensors: Mapping[str, Array] | None = None) -> Iterator[Live]:
+def coordinator(
+    folder: Path, tensors: Mapping[str, Array] | None = None, limits: Limits | None = None
+) -> Iterator[Live]:
     """A running coordinator with one model."""
-    live = Live(make_coordinator(folder, tensors))
+    make_coordinator(folder, tensors)
+    if limits is not None:
+        changed = settings.load(folder).model_copy(update={"limits": limits})
+        settings.save(changed, folder)
+    live = Live(folder)
     try:
         yield live
     finally:

@@ -30,6 +30,7 @@ from typing import Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coldmerge.core import yaml_file
 from coldmerge.core.documents import LEAVE_ONE_OUT, Encoding, Statistic
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.validation import first_problem
@@ -58,11 +59,11 @@ class SendPolicy(BaseModel):
         if not path.exists():
             return cls()
         try:
-            return cls.model_validate(yaml.safe_load(path.read_text("utf-8")) or {})
+            return cls.model_validate(yaml_file.load(path) or {})
         except ValidationError as error:
             first = first_problem(error)
             problem = f"{first.key}: {first.text}."
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (OSError, yaml.YAMLError) as error:
             problem = str(error)
         raise ConfigError(
             "policy.bad_file",

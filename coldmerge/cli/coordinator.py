@@ -37,9 +37,18 @@ def init(
     listen: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0: every network.")
     ] = "127.0.0.1",
+    database: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A PostgreSQL database, such as postgresql+psycopg://coldmerge@db/coldmerge; "
+            "give its password in a file: …?passfile=/run/secrets/pgpass. Default: SQLite in DIR.",
+        ),
+    ] = None,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Make keys, certificates, configuration and an empty database in DIR."""
+    from coldmerge_coordinator.config import SQLITE
     from coldmerge_coordinator.setup import init as make
 
     made = make(
@@ -48,6 +57,7 @@ def init(
         hosts=tuple(host or ("localhost",)),
         listen=f"{listen}:{port}",
         enrol_listen=f"{listen}:{enrol_port}",
+        database_url=database or SQLITE,
     )
     print_record(
         {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _FACTOR = re.compile(
 )
 _OTHER = re.compile(r"lora_(magnitude_vector|.*bias)|trainable_tokens|\.lora_[AB](\.[^.]+)?\.bias$")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
+_MOST_STEPS = math.log(3e6)
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _UNSUPPORTED = (
     "use_dora",
@@ -68,7 +70,7 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_json(folder / CONFIG)
+        self.config = read_json(folder / CONFIG, strict=True)
         _check_supported(self.config, folder)
         self._file, self.specs, self._start = _open_weights(folder)
         self.targets = self._find_targets()
@@ -186,13 +188,31 @@ def _by_pattern(config: dict[str, Any], patterns: str, module: str, default: str
     table = config.get(patterns) or {}
     if not isinstance(table, dict) or not all(map(_positive, table.values())):
         raise ValueError(f"{patterns} is not a table of positive numbers")
-    if repeated := [pattern for pattern in table if _REPEATED_GROUP.search(pattern)]:
-        raise ValueError(f"{patterns} has a pattern that may take for ever: {repeated[0]!r:.80}")
+    if slow := [pattern for pattern in table if _steps(pattern, module) > _MOST_STEPS]:
+        raise ValueError(f"{patterns} has a pattern that may take for ever: {slow[0]!r:.80}")
     try:
-        found = [v for pattern, v in table.items() if re.match(rf"(.*\.)?({pattern})$", module)]
-    except re.error as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # `[[`: it will mean something else
+            found = [v for pattern, v in table.items() if _matches(pattern, module)]
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
         raise ValueError(f"{patterns} has a pattern that is not one: {error}") from error
     return found or [config[default]]
+
+
+def _matches(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _steps(pattern: str, module: str) -> float:
+    """The logarithm of how often matching can go back and try again: a stranger wrote it."""
+    plain = re.sub(r"\\.", "", pattern)
+    if _REPEATED_GROUP.search(plain):
+        return math.inf
+    repeats, optional, choices = (sum(map(plain.count, marks)) for marks in ("*+{", "?", "|"))
+    groups = plain.count("(") + 1
+    ways = repeats * math.log(len(module) + 1) + optional * math.log(2)
+    ways += groups * math.log(choices / groups + 1)
+    return ways + math.log(module.count(".") + 1)
 
 
 def _positive(value: object) -> bool:

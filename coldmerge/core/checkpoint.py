@@ -23,6 +23,7 @@ from coldmerge.core.dtypes import FLOATS, NUMPY, Floats32, to_float32
 from coldmerge.core.errors import CheckpointError, NotFoundError
 from coldmerge.core.files import PositionalFile
 from coldmerge.core.header import Header, TensorSpec, parse_header
+from coldmerge.core.strict_json import unique
 
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -166,8 +167,10 @@ class Checkpoint:
         return sorted((p for p in plain if p.name != INDEX), key=Path.as_posix)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
     """A JSON object from a file of a model folder.
+
+    `strict` is for files that decide what tensors mean: no key may stand twice in them.
 
     Raises:
         CheckpointError: the file is missing, too large, or not a JSON object.
@@ -175,7 +178,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
-        body = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        body = json.loads(raw, object_pairs_hook=unique if strict else None)
         if not isinstance(body, dict):
             raise TypeError(f"it is a {type(body).__name__}, not an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -198,7 +202,7 @@ def _what_is_there(folder: Path) -> str:
 
 
 def _open_shards(folder: Path) -> dict[str, tuple[PositionalFile, Header]]:
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, strict=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and _FILE_NAME.fullmatch(file) for file in weight_map.values()
     ):

@@ -160,6 +160,14 @@ def _alive(process: int) -> bool:
     return True
 
 
+def make_folder(path: Path, mode: int = 0o700) -> None:
+    """A folder, with those above it, that survives a power cut; one that is there may stay."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    for made in missing:
+        fsync_path(made.parent)
+
+
 def fsync_path(path: Path) -> None:
     """Make a file's bytes, or a folder's entries, survive a power cut."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -18,11 +18,14 @@ from coldmerge.core.dtypes import NUMPY, nbytes, size
 from coldmerge.core.errors import CheckpointError
 from coldmerge.core.files import PositionalFile
 from coldmerge.core.ids import TENSOR_NAME
+from coldmerge.core.strict_json import unique
 
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 16
 MAX_EXTENT = 2**40
+MAX_ELEMENTS = 2**60
+"""Of the extents that are not 0: numpy and safetensors multiply all of them in 64 bits."""
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -124,7 +127,7 @@ def parse_header(file: PositionalFile) -> Header:
     length = _header_length(file)
     body = _load_json(bytes(file.read(8, 8 + length)), file.path)
     metadata = body.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, metadata.items())):
         raise CheckpointError(
             "safetensors.bad_metadata",
             "The metadata of a safetensors file is not a table of strings.",
@@ -162,7 +165,8 @@ def _header_length(file: PositionalFile) -> int:
 
 def _load_json(raw: bytes, path: Path) -> dict[str, Any]:
     try:
-        body = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        _check_amount(raw)
+        body = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             "safetensors.bad_json",
@@ -181,13 +185,31 @@ def _load_json(raw: bytes, path: Path) -> dict[str, Any]:
     return body
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:80]!r} appears twice")
-    return table
+def _check_amount(raw: bytes) -> None:
+    """Count before parsing: 8 MiB of brackets would become 200 MB of empty lists.
+
+    Raises:
+        ValueError: it begins with white space, or has more parts than tensors need.
+    """
+    if raw[:1].isspace():
+        raise ValueError("it begins with white space")
+    for mark, most in ((b"{", 1), (b"[", 2), (b",", 8)):
+        if raw.count(mark) > most * MAX_TENSORS + 8:
+            raise ValueError(f"it is too complex: it has {raw.count(mark)} times {mark.decode()!r}")
+
+
+def _whole(text: str) -> int | float:
+    """A number without a sign is whole: `-0` is not, though Python reads it as 0."""
+    return float(text) if text.startswith("-") else int(text)
+
+
+def _is_text(item: tuple[str, object]) -> bool:
+    """Whether key and value are text that UTF-8 can hold: JSON may write half a character."""
+    key, value = item
+    try:
+        return isinstance(value, str) and (key + value).encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _natural(value: object, limit: int) -> bool:
@@ -242,6 +264,7 @@ def _plausible(value: dict[str, Any]) -> bool:
         and isinstance(shape, list)
         and len(shape) <= MAX_DIMENSIONS
         and all(_natural(extent, MAX_EXTENT) for extent in shape)
+        and size([extent for extent in shape if extent]) <= MAX_ELEMENTS
         and isinstance(offsets, list)
         and len(offsets) == 2
         and all(_natural(offset, 2**62) for offset in offsets)

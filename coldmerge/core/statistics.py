@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
 
+from coldmerge.core import strict_json
 from coldmerge.core.checkpoint import Checkpoint, read_json
 from coldmerge.core.documents import Statistic
 from coldmerge.core.dtypes import FLOATS, Floats32
@@ -46,7 +47,7 @@ def parse_statistics(text: str) -> dict[Statistic, float]:
     Raises:
         ValueError: it is something else.
     """
-    found = json.loads(text)
+    found = strict_json.loads(text)
     if not isinstance(found, dict) or not set(found) <= set(KINDS):
         raise ValueError("it is not a table of statistics")
     return {kind: counted(found, kind) for kind in KINDS if kind in found}

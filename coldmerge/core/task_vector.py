@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
@@ -22,6 +23,7 @@ from typing import Self, cast, get_args
 
 import numpy as np
 
+from coldmerge.core import strict_json
 from coldmerge.core.documents import Encoding, Kind, Statistic, TensorEntry
 from coldmerge.core.dtypes import ENCODINGS, NUMPY, Floats32, Floats64, blocks, size, to_float32
 from coldmerge.core.errors import NotFoundError, TaskVectorError
@@ -266,7 +268,8 @@ class Expansion:
 
 def sum_of_squares(values: Floats32) -> float:
     """Σx² in float64, on one thread: NaN or Inf if and only if `values` holds one."""
-    wide = values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN: whoever reads the sum finds it
+        wide = values.astype(np.float64)
     return float(np.einsum("i,i->", wide, wide))
 
 
@@ -275,9 +278,12 @@ def _metadata(header: Header, path: Path) -> tuple[Kind, Encoding, str, dict[str
     try:
         kind, encoding = found["coldmerge.kind"], found["coldmerge.encoding"]
         digest = found["coldmerge.base_digest"]
-        scaling = {str(k): float(v) for k, v in json.loads(found["coldmerge.scaling"]).items()}
+        table = strict_json.loads(found["coldmerge.scaling"])
+        scaling = {key: float(value) for key, value in table.items()}
         sound = kind in get_args(Kind) and encoding in ENCODINGS
-        sound = sound and all(math.isfinite(value) for value in scaling.values())
+        sound = sound and re.fullmatch("([0-9a-f]{64})?", digest) is not None
+        sound = sound and all(type(value) in (int, float) for value in table.values())
+        sound = sound and all(map(math.isfinite, scaling.values()))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         sound = False
     if not sound:

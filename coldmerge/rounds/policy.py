@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from coldmerge.core import yaml_file
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.validation import first_problem
 from coldmerge.rounds.statistics import statistics_for
@@ -235,8 +236,8 @@ def load_yaml(path: Path) -> RoundTemplate:
         ConfigError: unreadable file, bad YAML, or a wrong key.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml_file.load(path)
+    except (OSError, yaml.YAMLError) as error:
         raise ConfigError(
             "policy.unreadable",
             f"The round policy {path} cannot be read: {error}",

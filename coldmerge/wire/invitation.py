@@ -10,14 +10,15 @@ from typing import Annotated, Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from coldmerge.core.documents import Identifier
 from coldmerge.core.errors import ConfigError, IntegrityError
+from coldmerge.core.ids import ADDRESS
 
 PREFIX = "coldmerge-invite:"
 
-Address = Annotated[str, Field(pattern=r"^\S{1,255}:\d{1,5}$")]
+Address = Annotated[str, Field(pattern=rf"^{ADDRESS}$")]
 
 
 class Invitation(BaseModel):
@@ -55,8 +56,10 @@ class Invitation(BaseModel):
                 raise ValueError(f"it does not begin with {PREFIX}")
             raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
             invitation = cls.model_validate_json(raw)
-            x509.load_pem_x509_certificate(invitation.root.encode("ascii"))
-        except (ValueError, binascii.Error, ValidationError) as error:
+            _check_root(invitation.root)
+            if invitation.render() != PREFIX + body:
+                raise ValueError("it is not as `render` writes it")
+        except (ValueError, binascii.Error, x509.InvalidVersion) as error:
             raise ConfigError(
                 "invitation.malformed",
                 "This is not a coldmerge invitation, or it was cut short.",
@@ -89,6 +92,18 @@ class Invitation(BaseModel):
                 hint="Ask the admin for invitation and fingerprint again, by two channels.",
                 federation=self.federation,
             )
+
+
+def _check_root(pem: str) -> None:
+    """TLS trusts every certificate it is given, and the fingerprint is of one: there is one.
+
+    Raises:
+        ValueError: there is other text, or another certificate.
+    """
+    certificate = x509.load_pem_x509_certificate(pem.encode("ascii"))
+    plain = certificate.public_bytes(Encoding.PEM).decode("ascii")
+    if pem.split() != plain.split():
+        raise ValueError("the root is not one certificate and nothing else")
 
 
 def root_fingerprint(root_pem: bytes) -> str:

@@ -11,14 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from coldmerge.core import yaml_file
 from coldmerge.core.documents import Identifier
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.files import fsync_path
+from coldmerge.core.ids import ADDRESS
 from coldmerge.core.validation import first_problem
 
 FILE_NAME = "config.yaml"
+SQLITE = "sqlite:///coldmerge.db"
+"""The embedded database: a file in the coordinator's folder."""
 
-Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")]
+Address = Annotated[str, Field(pattern=rf"^{ADDRESS}$")]
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,253}$")]
 
 
@@ -55,7 +59,7 @@ class CoordinatorConfig(BaseModel):
     listen: Address = "127.0.0.1:7443"
     enrol_listen: Address = "127.0.0.1:7444"
     hosts: tuple[Host, ...] = Field(default=("localhost",), min_length=1)
-    database_url: str = "sqlite:///coldmerge.db"
+    database_url: str = SQLITE
     min_protocol: int = Field(default=1, ge=1)
     limits: Limits = Limits()
 
@@ -67,7 +71,7 @@ class CoordinatorConfig(BaseModel):
         """
         try:
             url = make_url(self.database_url)
-        except ArgumentError as error:
+        except (ArgumentError, ValueError) as error:
             raise ConfigError(
                 "config.bad_database_url",
                 "The database URL cannot be read.",
@@ -87,7 +91,7 @@ def load(folder: Path) -> CoordinatorConfig:
     """
     path = folder / FILE_NAME
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml_file.load(path)
         return CoordinatorConfig.model_validate(values)
     except FileNotFoundError as error:
         raise ConfigError(
@@ -104,7 +108,7 @@ def load(folder: Path) -> CoordinatorConfig:
             hint=f"The keys are {', '.join(CoordinatorConfig.model_fields)}.",
             key=problem.key,
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError) as error:
         raise ConfigError(
             "config.unreadable",
             f"{path} cannot be read: {error}",

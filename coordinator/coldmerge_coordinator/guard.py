@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from coldmerge.core.files import raise_if_full
 from coldmerge.wire.errors import to_status
 from coldmerge.wire.version import CLIENT_KEY
 from coldmerge_coordinator.auth import (
+    ALLOWED,
     Caller,
     check_machine,
     check_protocol,
@@ -25,6 +26,7 @@ from coldmerge_coordinator.auth import (
 )
 from coldmerge_coordinator.identity import read_peer
 from coldmerge_coordinator.limits import Rate, Turnstile, address_of, in_time, taken
+from coldmerge_coordinator.sentry import Sentry
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store.models import Machine
 
@@ -32,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 SEEN_EVERY = timedelta(seconds=30)
 UNGUARDED = "/grpc.health.v1.Health/"
+NOT_SERVED = "This is not served here."
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -52,8 +55,10 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Wrap the handler that gRPC found."""
         handler = await continuation(details)
-        if handler is None or details.method.startswith(UNGUARDED):
+        if details.method.startswith(UNGUARDED):
             return handler
+        if handler is None:
+            return self.not_served(details)
         if handler.response_streaming:
             stream = _guarded_stream(self, details, handler.unary_stream)
             return grpc.unary_stream_rpc_method_handler(
@@ -71,6 +76,10 @@ class Guard(grpc.aio.ServerInterceptor):
             handler.response_serializer,
         )
 
+    def not_served(self, details: Any) -> Any:
+        """The handler of a method that this listener does not have: first, who may call it."""
+        return _not_served(self, details) if details.method in ALLOWED else None
+
     async def admit(self, details: Any, context: Any) -> AbstractContextManager[None]:
         """Let the call in, or raise. It goes on inside the context that comes back.
 
@@ -85,9 +94,9 @@ class Guard(grpc.aio.ServerInterceptor):
         check_role(found, details.method)
         set_caller(found)
         await self.seen(found, str(metadata.get(CLIENT_KEY, ""))[:64])
-        return self.hold(found)
+        return self.hold(found, details.method)
 
-    def hold(self, _found: Caller) -> AbstractContextManager[None]:
+    def hold(self, _found: Caller, _method: str) -> AbstractContextManager[None]:
         """What a call occupies while it goes on."""
         return nullcontext()
 
@@ -98,9 +107,10 @@ class Guard(grpc.aio.ServerInterceptor):
 class PeerGuard(Guard):
     """The guard of the mTLS port."""
 
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: Store, clock: Clock, sentry: Sentry) -> None:
         super().__init__(store)
         self._clock = clock
+        self._sentry = sentry
         self._turnstile = Turnstile(store.config.limits.max_calls)
         self._last_seen: dict[tuple[str, str], datetime] = {}
 
@@ -116,9 +126,11 @@ class PeerGuard(Guard):
             )
         return await asyncio.to_thread(check_machine, self.store, peer, self._clock.now())
 
-    def hold(self, _found: Caller) -> AbstractContextManager[None]:
-        """One of the calls that the contributor may have open."""
-        return self._turnstile.enter(_found.contributor)
+    @contextmanager
+    def hold(self, found: Caller, method: str) -> Iterator[None]:
+        """One of the calls that the contributor may have open, under the sentry's eyes."""
+        with self._turnstile.enter(found.contributor), self._sentry.watching(found, method):
+            yield
 
     async def seen(self, found: Caller, client_version: str) -> None:
         """Write down, at most every 30 seconds, that the machine called."""
@@ -157,6 +169,9 @@ class OpenGuard(Guard):
         self._clock = clock
         self._rate = Rate(store.config.limits.enrolments_per_minute)
 
+    def not_served(self, _details: Any) -> None:
+        """Nothing but enrolment is here, for anybody."""
+
     async def identify(self, _context: Any) -> None:
         """Nobody yet; an address may try only so often."""
         self._rate.check(address_of(_context.peer()), self._clock.now())
@@ -191,10 +206,29 @@ def _guarded_stream(guard: Guard, details: Any, handle: Callable[..., Any]) -> C
     return run
 
 
+def _not_served(guard: Guard, details: Any) -> Any:
+    """For a method of the contract that this listener does not serve: whoever may not call it
+    learns nothing else.
+    """
+
+    async def run(_requests: Any, context: Any) -> None:
+        try:
+            with await guard.admit(details, context):
+                pass
+        except Exception as error:
+            await refuse(context, details.method, error)
+            raise
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, NOT_SERVED)
+
+    return grpc.stream_stream_rpc_method_handler(run)
+
+
 async def refuse(context: Any, method: str, error: Exception) -> None:
     """End a call with the status and details of `error`."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, NotImplementedError):
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, NOT_SERVED)
     if isinstance(error, OSError) and not isinstance(error, ColdmergeError):
         error = _disk_error(error)
     if not isinstance(error, ColdmergeError):

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -37,6 +37,13 @@ INTERMEDIATE_LIFETIME = timedelta(days=731)
 LEAF_LIFETIME = timedelta(hours=24)
 CLOCK_SKEW = timedelta(minutes=5)
 MAX_CSR_BYTES = 8192
+_UNREADABLE = (
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What reading a certificate or a request raises beside ValueError: none of them is one."""
 
 ROOT_KEY = Path("offline/root.key")
 ROOT = Path("ca/root.pem")
@@ -275,7 +282,7 @@ def read_csr(der: bytes) -> x509.CertificateSigningRequest:
         csr = x509.load_der_x509_csr(der)
         key = csr.public_key()
         valid = csr.is_signature_valid
-    except (ValueError, TypeError, InvalidSignature) as error:
+    except (ValueError, TypeError, *_UNREADABLE, InvalidSignature) as error:
         raise _bad_csr("it cannot be read") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise _bad_csr("its key is not on P-256")
@@ -296,11 +303,15 @@ def _bad_csr(why: str) -> ManifestError:
 @lru_cache(maxsize=4096)
 def read_peer(certificate_pem: bytes) -> Peer | None:
     """Who a verified client certificate names; None when it is not one of ours."""
-    certificate = x509.load_pem_x509_certificate(certificate_pem)
     try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
+        return _read_peer(certificate_pem)
+    except (ValueError, x509.ExtensionNotFound, *_UNREADABLE):
         return None
+
+
+def _read_peer(certificate_pem: bytes) -> Peer | None:
+    certificate = x509.load_pem_x509_certificate(certificate_pem)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     identity = certificate.subject.get_attributes_for_oid(NameOID.SERIAL_NUMBER)
     if len(uris) != 1 or len(identity) != 1 or not uris[0].startswith("coldmerge://"):

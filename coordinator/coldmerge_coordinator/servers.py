@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from coldmerge.wire.v1 import (
 )
 from coldmerge_coordinator.guard import Guard, LocalGuard, OpenGuard, PeerGuard
 from coldmerge_coordinator.identity import LEAF_LIFETIME, Authority
+from coldmerge_coordinator.sentry import Sentry
 from coldmerge_coordinator.service.admin_service import Addresses, AdminService
 from coldmerge_coordinator.service.backend import Backend
 from coldmerge_coordinator.service.contributions import ContributionsService
@@ -79,10 +79,11 @@ class Servers:
         self._certificate = ServerCertificate(self._authority, store.config.hosts, clock)
         self._backend = Backend(store, clock)
         self._intake = Intake(store, clock)
+        self._sentry = Sentry(store, clock)
         self._clock = clock
         self._health = health.HealthServicer()
         self._servers: list[Any] = []
-        self._pulse: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
         self.addresses = Addresses()
         self.socket = store.folder / SOCKET
 
@@ -93,7 +94,7 @@ class Servers:
             ConfigError: an address cannot be listened on.
         """
         config, store = self._store.config, self._store
-        api = self._server(PeerGuard(store, self._clock))
+        api = self._server(PeerGuard(store, self._clock, self._sentry))
         self._add_readers(api)
         contributions_pb2_grpc.add_ContributionsServicer_to_server(  # type: ignore[no-untyped-call]
             ContributionsService(self._backend, self._intake), api
@@ -114,7 +115,8 @@ class Servers:
         for server in self._servers:
             await server.start()
         self.socket.chmod(0o600)
-        self._pulse = asyncio.create_task(self._backend.pulse.run())
+        for work in (self._backend.pulse.run(), self._sentry.run()):
+            self._background.append(asyncio.create_task(work))
 
     def _server(self, guard: Guard) -> Any:
         server = grpc.aio.server(
@@ -169,10 +171,9 @@ class Servers:
         self._backend.pulse.stop()
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
-        if self._pulse is not None:
-            self._pulse.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._pulse
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         await asyncio.to_thread(self._intake.close)
         await asyncio.to_thread(self._backend.close)
         self.socket.unlink(missing_ok=True)

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 
 from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ConfigError, ConflictError
-from coldmerge.core.files import fsync_path
+from coldmerge.core.files import fsync_path, make_folder
 from coldmerge.core.validation import first_problem
 from coldmerge_coordinator import identity
-from coldmerge_coordinator.config import CoordinatorConfig
+from coldmerge_coordinator.config import SQLITE, CoordinatorConfig
 from coldmerge_coordinator.store import Store
 
 
@@ -38,6 +38,7 @@ def init(
     hosts: Sequence[str] = ("localhost",),
     listen: str = "127.0.0.1:7443",
     enrol_listen: str = "127.0.0.1:7444",
+    database_url: str = SQLITE,
     clock: Clock | None = None,
 ) -> Made:
     """Make a coordinator in `folder`, which must be new or empty.
@@ -56,22 +57,24 @@ def init(
             expected="a new or empty folder",
             hint="Choose another folder, or remove this one if nothing in it matters.",
         )
-    config = _config(federation or _name_of(folder), hosts, listen, enrol_listen)
+    config = _config(
+        federation=federation or _name_of(folder),
+        hosts=tuple(hosts),
+        listen=listen,
+        enrol_listen=enrol_listen,
+        database_url=database_url,
+    )
     for part in ("", "keys", "offline", "ca"):
-        (folder / part).mkdir(mode=0o700, parents=not part, exist_ok=True)
+        make_folder(folder / part)
     folder.chmod(0o700)  # it may have been there, open to all
     fingerprint = _make_keys(folder, config, clock or SystemClock())
     Store.create(folder, config).close()
     return Made(config.federation, fingerprint, folder / identity.ROOT_KEY)
 
 
-def _config(
-    federation: str, hosts: Sequence[str], listen: str, enrol_listen: str
-) -> CoordinatorConfig:
+def _config(**values: object) -> CoordinatorConfig:
     try:
-        return CoordinatorConfig(
-            federation=federation, hosts=tuple(hosts), listen=listen, enrol_listen=enrol_listen
-        )
+        return CoordinatorConfig.model_validate(values)
     except ValidationError as error:
         problem = first_problem(error)
         raise ConfigError(

@@ -22,6 +22,7 @@ from coldmerge_coordinator.config import CoordinatorConfig
 from coldmerge_coordinator.importing import add_model
 from coldmerge_coordinator.store import Store, contributions, releases, rounds
 from coldmerge_coordinator.store.models import Contribution, Contributor, Release, Round
+from tests.backends import coordinator_config
 from tests.support import DTYPES, FixedClock, write_model
 
 Array = npt.NDArray[np.generic]
@@ -164,7 +165,7 @@ class Bench:
 
 def make_store(folder: Path) -> Store:
     """A coordinator's folder with a signing key and nothing else."""
-    store = Store.create(folder, CoordinatorConfig(federation="test"))
+    store = Store.create(folder, CoordinatorConfig(federation="test", **coordinator_config()))
     store.keys.mkdir(mode=0o700)
     key = store.keys / "signing.key"
     key.touch(mode=0o600)

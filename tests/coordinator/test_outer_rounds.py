@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from coldmerge.rounds.state import Resolve
 from coldmerge_coordinator.store import Store, releases, rounds, states
 from coldmerge_coordinator.store.states import OuterState
 from coldmerge_coordinator.worker import Worker, run_once
+from tests.backends import copy_coordinator
 
 if TYPE_CHECKING:
     from tests.coordinator.conftest import Array, Bench
@@ -250,8 +250,9 @@ def test_the_same_round_gives_the_same_bytes_again(
     for number, sent in enumerate(two(20)):
         bench.contribute(opened, f"org-{number}", sent)
     found = set()
+    bench.store.close()
     for copy in ("one", "two"):
-        shutil.copytree(bench.store.folder, tmp_path / copy)
+        copy_coordinator(bench.store.folder, tmp_path / copy)
         with Store.open(tmp_path / copy) as store:
             assert run_once(store, clock)
             with store.database.read() as session:

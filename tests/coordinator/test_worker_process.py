@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 from coldmerge.rounds.state import State
 from coldmerge_coordinator.store import Store, releases, rounds
 from coldmerge_coordinator.worker import run_once
+from tests.backends import copy_coordinator
 from tests.support import until
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def latest(folder: Path) -> tuple[str, str, str | None]:
 
 def undisturbed(folder: Path, copy: Path, clock: FixedClock) -> tuple[str, str, str | None]:
     """What the same folder comes to when nobody kills anything."""
-    shutil.copytree(folder, copy)
+    copy_coordinator(folder, copy)
     with Store.open(copy) as store:
         assert run_once(store, clock)
     return latest(copy)

@@ -96,7 +96,7 @@ def stored_whole(store: Store, row: models.Contribution) -> bool:
 
 
 def check_no_orphans(store: Store, session: Session) -> None:
-    """Rows have their files; only rounds that go on have uploads or candidates unpublished."""
+    """Rows have their files and the rows they belong to; an upload is no contribution yet."""
     for blob in session.query(models.Blob):
         assert hash_of(store.blobs.path(blob.sha256)) == blob.sha256
     for content in session.query(models.Content):
@@ -112,8 +112,35 @@ def check_no_orphans(store: Store, session: Session) -> None:
     active = session.query(models.Round).filter(models.Round.active)
     assert active.count() <= 1
     for upload in session.query(models.Upload):
-        assert session.get_one(models.Round, upload.round).state == State.OPEN
         assert session.get(models.Contribution, _counted(upload.id)) is None
+
+
+def check_uploads(store: Store, ledger: Ledger) -> None:
+    """What a contributor was told to be durable of an upload is; so is what its row says."""
+    with store.database.read() as session:
+        for upload in session.query(models.Upload):
+            manifest = Manifest.parse(upload.manifest)
+            vectors = deltas(ledger.base, ledger.seeds[upload.manifest_digest])
+            payload = b"".join(vectors[entry.name].tobytes() for entry in manifest.tensors)
+            final = store.contributions / f"{_counted(upload.id)}.safetensors"
+            part = store.uploads / f"{upload.id}.part"
+            found = (part if part.exists() else final).read_bytes()[-len(payload) :]
+            size = upload.committed_size
+            assert found[:size] == payload[:size], upload.id
+        for each in ledger.told:
+            if each.kind == "committed":
+                check_committed(session, each.what[0], each.size)
+
+
+def check_committed(session: Session, upload: str, size: int) -> None:
+    """An upload that has got so far has not gone back: it goes on, or came to its end."""
+    row = session.get(models.Upload, upload)
+    if row is not None:
+        assert row.committed_size >= size, upload
+        return
+    done = session.get(models.Contribution, _counted(upload))
+    ended = session.query(models.Round).filter(models.Round.state != State.OPEN)
+    assert done is not None or ended.count() > 0, upload
 
 
 def _counted(upload: str) -> str:

@@ -6,6 +6,9 @@ import json
 import os
 import signal
 import subprocess
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any, Literal
 
 from google.protobuf.duration_pb2 import Duration
 
+from coldmerge.core.errors import ConflictError, UnavailableError
 from coldmerge.wire.calls import call
 from coldmerge.wire.channel import local_channel
 from coldmerge.wire.v1 import admin_pb2, admin_pb2_grpc
@@ -27,6 +31,10 @@ from tests.federation import COLDMERGE, environment
 from tests.support import free_ports, until, write_model
 
 What = Literal["all", "api", "worker"]
+GATES: tuple[dict[str, object], ...] = (
+    {"gate": None},
+    {"gate": {"min_evaluators": 3, "max_vetoes": 0, "window": "1d"}},
+)
 
 
 @dataclass
@@ -61,15 +69,18 @@ class Host:
         found: str = json.loads((self.folder / "run.json").read_text())["api"]
         return found
 
-    def start(self, *, real: bool = False) -> None:
-        """Start what does not run. `real`: by the command, with a worker under supervision."""
+    def start(self, *, real: bool = False, unless: Callable[[], bool] = lambda: False) -> None:
+        """Start what does not run, and wait until it serves (or `unless` says not to).
+
+        `real`: by the command, with a worker under supervision.
+        """
         if real and self.api is None and self.worker is None:
             self._start_command()
         if self.api is None:
             self.api = self.zygote.serve(self.folder, self.log)
         if self.worker is None and self.real is None:
             self.worker = self.zygote.work(self.folder, self.log, self.api)
-        until("the coordinator to serve", self._ready, every=0.005)
+        until("the coordinator to serve", lambda: self._ready() or unless(), every=0.005)
 
     def _start_command(self) -> None:
         with self.log.open("ab") as log:
@@ -149,3 +160,26 @@ class Host:
         with local_channel(self.folder / "admin.sock") as channel:
             stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
             return call(getattr(stub, method), request, patience=patience, deadline=10)
+
+
+@dataclass
+class Opener:
+    """Opens a round of the model whenever there is none, on a thread."""
+
+    host: Host
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        opened = 0
+        while not self.ended.wait(0.1):
+            with suppress(ConflictError, UnavailableError):
+                self.host.open_round(**GATES[opened % len(GATES)])
+                opened += 1
+
+    def stop(self) -> None:
+        self.ended.set()
+        self._thread.join(30)

@@ -11,11 +11,12 @@ import hashlib
 import random
 import secrets
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,7 @@ PIECE = 2**15
 BAD_BELOW = 0x18
 """Candidates whose digest begins with less are judged bad by everybody."""
 
+Kind = Literal["receipt", "asked", "withdrawn", "evaluation", "committed", "release"]
 Base = dict[str, NDArray[Any]]
 Deltas = dict[str, NDArray[np.float32]]
 Round = common_pb2.Round
@@ -67,6 +69,16 @@ def deltas(base: Base, seed: int) -> Deltas:
     }
 
 
+@dataclass(frozen=True)
+class Told:
+    """Something the coordinator has said, or (`asked`) was asked to do, and when (Unix time)."""
+
+    at: float
+    kind: Kind
+    what: tuple[str, ...]
+    size: int = 0
+
+
 @dataclass
 class Ledger:
     """What all contributors sent and what they were promised. Threads share it."""
@@ -75,10 +87,14 @@ class Ledger:
     seeds: dict[str, int] = field(default_factory=dict)
     receipts: dict[str, Signed] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
-    judged: Counter[str] = field(default_factory=Counter)
+    told: list[Told] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def hears(self, kind: Kind, *what: str, size: int = 0) -> None:
+        """Remember what was said this moment."""
+        self.told.append(Told(time.time(), kind, what, size))
 
     def happens(self, event: str) -> None:
         """Say what is being done this moment."""
@@ -104,13 +120,19 @@ class Pending:
 
 
 class Member:
-    """One contributor: `step` does the next thing there is to do."""
+    """One contributor: `step` does the next thing there is to do.
 
-    def __init__(self, home: Home, ledger: Ledger, seed: int) -> None:
+    `habit`: what it does in every round, instead of what it draws.
+    """
+
+    def __init__(
+        self, home: Home, ledger: Ledger, seed: int, habit: Sequence[str] | None = None
+    ) -> None:
         self.session = Session.open(home, timeout=0)
         self.name = self.session.member.contributor
         self._ledger = ledger
         self._draw = random.Random(f"{self.name} {seed}")
+        self._habit = habit
         self._key = home.identity_key()
         self._pending: Pending | None = None
         self._plan: list[str] = []
@@ -135,6 +157,8 @@ class Member:
         return False
 
     def _new_plan(self) -> list[str]:
+        if self._habit is not None:
+            return list(self._habit)
         drawn = self._draw.random()
         if drawn < 0.1:
             return ["send", "take back", "send"]
@@ -197,6 +221,7 @@ class Member:
             receipt = verify(signed, Receipt, self.session.member.verifier())
             assert receipt.manifest_digest == self._pending.manifest.digest()
             self._ledger.receipts[receipt.contribution] = signed
+            self._ledger.hears("receipt", receipt.contribution)
             self._ledger.happens("receipt")
             self._pending = None
 
@@ -210,7 +235,8 @@ class Member:
             stop //= 2  # hang up half way, and come back
         self._ledger.happens("write")
         if begun.committed_size < stop:
-            self.session.write(_pieces(pending, begun, stop), stop)
+            size = self.session.write(_pieces(pending, begun, stop), stop)
+            self._ledger.hears("committed", begun.upload_id, size=size)
         if stop < len(pending.payload):
             return None
         self._ledger.happens("commit")
@@ -221,11 +247,11 @@ class Member:
         for each in ours:
             if each.state == contributions_pb2.Contribution.ADMITTED:
                 self._ledger.given_up.add(each.id)
+                self._ledger.hears("asked", each.id)
                 self._ledger.happens("withdraw")
-                try:
+                with suppress(ConflictError, NotFoundError):
                     self.session.withdraw(each.id)
-                except (ConflictError, NotFoundError):
-                    return
+                    self._ledger.hears("withdrawn", each.id)
 
     def judge(self, found: Round) -> None:
         """Report an evaluation: the digest alone decides what everybody finds."""
@@ -250,8 +276,8 @@ class Member:
         self._ledger.happens("judge")
         with suppress(ConflictError):  # the others have decided
             self.session.report_evaluation(sign(evaluation, self._key))
+            self._ledger.hears("evaluation", found.id, self.name)
         self._judged = found.candidate_digest
-        self._ledger.judged[found.id] += 1
 
 
 def _pieces(

@@ -10,59 +10,28 @@ from __future__ import annotations
 
 import random
 import shutil
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from coldmerge.core.errors import ConflictError, UnavailableError
 from tests.crash import reader
 from tests.crash.checks import check_folder
-from tests.crash.host import Host, What
+from tests.crash.host import Host, Opener, What
 from tests.crash.members import MODEL, Crowd, Ledger, Member, base_tensors
 from tests.crash.zygote import Zygote
 
 pytestmark = pytest.mark.xdist_group("crash-random")
 
 NAMES = ("a", "b", "c")
-GATES: tuple[dict[str, object], ...] = (
-    {"gate": None},
-    {"gate": {"min_evaluators": 3, "max_vetoes": 0, "window": "1d"}},
-)
 MOMENTS = (("begin", 2, 0.01), ("write", 2, 0.01), ("commit", 4, 0.02), ("withdraw", 1, 0.01),
            ("judge", 2, 0.02), ("receipt", 4, 0.6), ("start", 1, 0.4))  # fmt: skip
 """What is being done, its weight, and how many seconds after it the kill may come."""
 WHOM: tuple[tuple[What, int], ...] = (("all", 5), ("api", 3), ("worker", 2))
 COMMAND_EVERY = 25
 """So often the coordinator is started by its command, with a supervised worker."""
-
-
-@dataclass
-class Opener:
-    """Opens a round of the model whenever there is none, on a thread."""
-
-    host: Host
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        opened = 0
-        while not self.ended.wait(0.1):
-            with suppress(ConflictError, UnavailableError):
-                self.host.open_round(**GATES[opened % len(GATES)])
-                opened += 1
-
-    def stop(self) -> None:
-        self.ended.set()
-        self._thread.join(30)
 
 
 class Killer:

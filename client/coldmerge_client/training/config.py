@@ -28,13 +28,17 @@ from pydantic import (
     model_validator,
 )
 
+from coldmerge.core import yaml_file
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.validation import first_problem
 
 
 def _below_the_file(path: Path, info: ValidationInfo) -> Path:
     folder = (info.context or {}).get("folder", Path.cwd())
-    return Path(folder) / path.expanduser()
+    try:
+        return Path(folder) / path.expanduser()
+    except RuntimeError as error:  # of a user that there is not
+        raise ValueError(f"{path} has no home folder") from error
 
 
 Location = Annotated[Path, AfterValidator(_below_the_file)]
@@ -174,7 +178,7 @@ class TrainConfig(Settings):
             ConfigError: the file is missing, not YAML, or has a wrong key.
         """
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = yaml_file.load(path)
         except FileNotFoundError as error:
             raise ConfigError(
                 "training.no_config",
@@ -182,7 +186,7 @@ class TrainConfig(Settings):
                 hint="Write one: `trainer: sequence-classification` and `data: FOLDER` suffice.",
                 path=path,
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (OSError, yaml.YAMLError) as error:
             raise ConfigError(
                 "training.not_yaml",
                 f"The training configuration is not YAML: {str(error).splitlines()[0]}.",

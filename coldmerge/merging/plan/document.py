@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
+from coldmerge.core import yaml_file
 from coldmerge.core.errors import ConfigError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 16
-MAX_VALUES = 2**17
+MAX_VALUES = 2**14
 """Aliases counted as often as they stand there: a few bytes can stand for billions of values."""
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NAMES = {dict: "a mapping", list: "a list", str: "a text", type(None): "nothing"}
 
 
@@ -144,7 +144,10 @@ def read(path: Path) -> tuple[str, Node]:
 
 def _compose(text: str, file: str) -> Node:
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        yaml_file.check(text, MAX_DEPTH, MAX_VALUES)
+        root = yaml.compose(text, Loader=yaml_file.FAST)
+    except (yaml_file.TooDeepError, yaml_file.TooLargeError) as error:
+        raise _beyond_a_limit(error, file) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = Where(file, mark.line + 1, mark.column + 1) if mark else Where(file, 1, 1)
@@ -166,63 +169,58 @@ def _compose(text: str, file: str) -> Node:
         ) from error
     if root is None:
         return Node(None, Where(file, 1, 1), {})
-    return _Converter(file).node(root, 0)
+    return _Converter(file).node(root)
+
+
+def _beyond_a_limit(error: yaml.MarkedYAMLError, file: str) -> ConfigError:
+    mark: Any = error.problem_mark
+    where = Where(file, mark.line + 1, mark.column + 1)
+    if isinstance(error, yaml_file.TooDeepError):
+        return ConfigError(
+            "plan.too_deep",
+            f"{where}: the plan is nested too deeply.",
+            expected=f"at most {MAX_DEPTH} levels",
+            hint="A plan needs six; look for an alias that contains itself.",
+            at=where,
+        )
+    return ConfigError(
+        "plan.too_large",
+        f"{where}: the plan has too many values.",
+        expected=f"at most {MAX_VALUES}, aliases counted as often as they stand there",
+        hint="Write patterns with filters instead of one value for each tensor.",
+        at=where,
+    )
 
 
 class _Converter:
     def __init__(self, file: str) -> None:
         self._file = file
-        self._done: dict[int, tuple[Node, int]] = {}
-        self._count = 0
-        self._scalars = yaml.constructor.SafeConstructor()
+        self._done: dict[int, Node] = {}
+        self._scalars = yaml_file.CarefulScalars()
 
-    def node(self, raw: Any, depth: int) -> Node:
-        if id(raw) in self._done:
-            self._add(self._done[id(raw)][1], raw)
-        else:
-            before = self._count
-            self._add(1, raw)
-            if depth > MAX_DEPTH:
-                where = self._where(raw)
-                raise ConfigError(
-                    "plan.too_deep",
-                    f"{where}: the plan is nested too deeply.",
-                    expected=f"at most {MAX_DEPTH} levels",
-                    hint="A plan needs six; look for an alias that contains itself.",
-                    at=where,
-                )
-            self._done[id(raw)] = self._convert(raw, depth), self._count - before
-        return self._done[id(raw)][0]
+    def node(self, raw: Any) -> Node:
+        if id(raw) not in self._done:
+            self._done[id(raw)] = self._convert(raw)
+        return self._done[id(raw)]
 
-    def _add(self, values: int, raw: Any) -> None:
-        self._count += values
-        if self._count > MAX_VALUES:
-            where = self._where(raw)
-            raise ConfigError(
-                "plan.too_large",
-                f"{where}: the plan has too many values.",
-                expected=f"at most {MAX_VALUES}, aliases counted as often as they stand there",
-                hint="Write patterns with filters instead of one value for each tensor.",
-                at=where,
-            )
-
-    def _convert(self, raw: Any, depth: int) -> Node:
+    def _convert(self, raw: Any) -> Node:
         where = self._where(raw)
         if isinstance(raw, yaml.SequenceNode):
-            return Node([self.node(item, depth + 1) for item in raw.value], where, {})
+            return Node([self.node(item) for item in raw.value], where, {})
         if isinstance(raw, yaml.MappingNode):
             keys: dict[str, Where] = {}
             value = {}
             for key, item in self._pairs(raw):
                 keys[key.value] = self._where(key)
-                value[key.value] = self.node(item, depth + 1)
+                value[key.value] = self.node(item)
             return Node(value, where, keys)
         try:
             return Node(self._scalars.construct_object(raw), where, {})
-        except (yaml.YAMLError, ValueError) as error:
+        except yaml.YAMLError as error:
+            reason = getattr(error, "problem", None) or error
             raise ConfigError(
                 "plan.bad_scalar",
-                f"{where}: a value cannot be read: {error}.",
+                f"{where}: a value cannot be read: {reason}.",
                 expected="a number, a text, true or false",
                 got=str(raw.value)[:80],
                 hint="Put it in quotes if it is a text.",

@@ -21,7 +21,6 @@ from coldmerge_coordinator.service.intake import Intake
 from coldmerge_coordinator.service.messages import contribution_message, receipt_message
 from coldmerge_coordinator.service.rules import own
 from coldmerge_coordinator.service.uploads import LiveUpload
-from coldmerge_coordinator.store import contributions
 from coldmerge_coordinator.store.models import Contribution
 
 RECHECK_CHUNKS = 8
@@ -107,7 +106,7 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
 
     def _get(self, who: Caller, identifier: str) -> contributions_pb2.Contribution:
         with self._store.database.read() as session:
-            return contribution_message(own(contributions.get(session, identifier), who))
+            return contribution_message(own(session, identifier, who))
 
     async def List(
         self, request: contributions_pb2.ListContributionsRequest, _context: Any

@@ -341,8 +341,8 @@ class Intake:
         """
         now, signer = self._clock.now(), self._store.signer
         with self._store.database.write() as session:
-            row = contributions.get(session, identifier)
-            if row.contributor != who.contributor:
+            row = session.get(Contribution, identifier)
+            if row is None or row.contributor != who.contributor:
                 raise not_yours(identifier)
             if row.state == contributions.ADMITTED:
                 row.state = contributions.WITHDRAWN

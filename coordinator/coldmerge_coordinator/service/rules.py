@@ -13,15 +13,16 @@ from coldmerge_coordinator.store import contributions, rounds
 from coldmerge_coordinator.store.models import Contribution, Round, Upload
 
 
-def own(row: Contribution, who: Caller) -> Contribution:
-    """`row`, if it is the caller's, or if the caller sees all.
+def own(session: Session, identifier: str, who: Caller) -> Contribution:
+    """A contribution, if it is the caller's, or if the caller sees all.
 
     Raises:
-        NotFoundError: it is somebody else's; the same answer as for none.
+        NotFoundError: it is somebody else's, or there is none: the same answer.
     """
-    if row.contributor == who.contributor or who.sees_all:
+    row = session.get(Contribution, identifier)
+    if row is not None and (row.contributor == who.contributor or who.sees_all):
         return row
-    raise not_yours(row.id)
+    raise not_yours(identifier)
 
 
 def not_yours(identifier: str) -> NotFoundError:

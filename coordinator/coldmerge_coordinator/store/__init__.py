@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from coldmerge.core.errors import ConfigError, ConflictError
+from coldmerge.core.files import fsync_path, make_folder
 from coldmerge_coordinator import config as settings
 from coldmerge_coordinator.config import CoordinatorConfig
 from coldmerge_coordinator.store.blobs import BlobStore
@@ -50,9 +51,9 @@ class Store:
                 f"There is already a coordinator in {folder}.",
                 hint="Choose another folder, or run this one with `coldmerge coordinator serve`.",
             )
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(folder)
         for name in _FOLDERS:
-            (folder / name).mkdir(exist_ok=True, mode=0o700)
+            make_folder(folder / name)
         migrate(config.database_in(folder))
         settings.save(config, folder)
         return cls(folder, config)
@@ -69,6 +70,7 @@ class Store:
         store = cls(folder, settings.load(folder))
         for name in _FOLDERS:
             (folder / name).mkdir(exist_ok=True, mode=0o700)
+        fsync_path(folder)  # whoever made one of them may have been killed before this
         if schema_revision(store.database) != HEAD:
             migrate(store.database_url)
         return store

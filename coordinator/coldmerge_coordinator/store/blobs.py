@@ -28,8 +28,9 @@ _INCOMING = "incoming"
 class BlobWriter:
     """One blob on its way in. A context manager: what was not committed is removed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, synced: set[str]) -> None:
         self._folder = folder
+        self._synced = synced
         self._temporary = folder / _INCOMING / f"{os.getpid()}-{secrets.token_hex(8)}"
         self._fd = os.open(
             self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
@@ -68,11 +69,13 @@ class BlobWriter:
     def _place(self, final: Path) -> None:
         if not final.exists() or final.stat().st_size != self.nbytes:
             os.fsync(self._fd)
-            if not final.parent.is_dir():
-                final.parent.mkdir(exist_ok=True)
-                fsync_path(self._folder)
+            final.parent.mkdir(exist_ok=True)
             self._temporary.rename(final)
         fsync_path(final.parent)
+        if final.parent.name not in self._synced:
+            # Whoever made the folder may have been killed before it was durable.
+            fsync_path(self._folder)
+            self._synced.add(final.parent.name)
 
     def close(self) -> None:
         """Drop what was not committed."""
@@ -93,11 +96,12 @@ class BlobStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._synced: set[str] = set()
         (folder / _INCOMING).mkdir(parents=True, exist_ok=True)
 
     def writer(self) -> BlobWriter:
         """A new blob: write its bytes, then commit."""
-        return BlobWriter(self.folder)
+        return BlobWriter(self.folder, self._synced)
 
     def put(self, data: bytes) -> tuple[str, int]:
         """Store `data`: (sha256, length)."""

@@ -170,7 +170,7 @@ def get_blob(session: Session, sha256: str) -> Blob:
     Raises:
         NotFoundError: there is none, or it is not public (the same answer for both).
     """
-    blob = session.get(Blob, sha256)
+    blob = session.get(Blob, sha256) if sha256.isalnum() else None
     if blob is None or not blob.public:
         raise NotFoundError(
             "blob.not_public",

@@ -21,6 +21,7 @@ from coldmerge.rounds.policy import RoundPolicy, RoundTemplate
 from coldmerge_coordinator.config import CoordinatorConfig
 from coldmerge_coordinator.store import Store, releases, rounds
 from coldmerge_coordinator.store.models import Contribution, Contributor, Model, Round
+from tests.backends import coordinator_config
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -34,7 +35,7 @@ def now() -> datetime:
 def folder(tmp_path: Path) -> Path:
     """A laid out, otherwise empty coordinator."""
     folder = tmp_path / "hub"
-    Store.create(folder, CoordinatorConfig(federation="fed")).close()
+    Store.create(folder, CoordinatorConfig(federation="fed", **coordinator_config())).close()
     (folder / "keys").mkdir(mode=0o700)
     pem = Ed25519PrivateKey.generate().private_bytes(
         Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()

@@ -160,7 +160,7 @@ def test_killed_at_any_call_a_blob_is_whole_or_absent(tmp_path: Path) -> None:
 
 
 def test_what_a_crash_leaves_is_swept_once_it_is_old(blobs: BlobStore) -> None:
-    crashed = BlobWriter(blobs.folder)
+    crashed = BlobWriter(blobs.folder, set())
     crashed.write(DATA)
     left = blobs.folder / files(blobs)[0]
     assert not blobs.path(SHA256).exists()

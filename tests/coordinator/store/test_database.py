@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from coldmerge.core.errors import ConflictError, ResourceError, UnavailableError
-from coldmerge_coordinator.store import database as database_module
+from coldmerge_coordinator.store import engine as engine_module
 from coldmerge_coordinator.store.database import (
     HEAD,
     MIGRATIONS,
@@ -174,7 +174,7 @@ def test_a_database_held_for_too_long_is_unavailable(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     migrate(url)
-    monkeypatch.setattr(database_module, "BUSY_MS", 50)
+    monkeypatch.setattr(engine_module, "BUSY_MS", 50)
     database = Database(url)
     other = sqlite3.connect(tmp_path / "truth.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")

@@ -1,0 +1,115 @@
+"""Which database a test's coordinator keeps the truth in: chosen on pytest's command line.
+
+Everything that makes a coordinator's folder takes its settings from here, so that the same
+tests run on each: `coordinator_config` for those that make one in this process,
+`init_options` for those that call `coldmerge coordinator init`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldmerge_coordinator import config as settings
+from coldmerge_coordinator.store.database import migrate
+from tests.postgres import Server
+
+DATABASES = ("sqlite", "postgresql")
+
+
+class Backends:
+    """What was chosen, and the servers that run for it in this process."""
+
+    def __init__(self) -> None:
+        self.database = DATABASES[0]
+        self._postgres: Server | None = None
+        self._template = ""
+        self._made: list[str] = []
+
+    @property
+    def postgres(self) -> Server:
+        """The PostgreSQL server of this process, started when first needed."""
+        if self._postgres is None:
+            self._postgres = Server()
+        return self._postgres
+
+    def empty_database(self) -> str:
+        """The URL of a new PostgreSQL database without a table."""
+        return self._make("template0")
+
+    def database_url(self) -> str:
+        """The URL of a new PostgreSQL database with the newest schema."""
+        if not self._template:
+            template = self.postgres.create()
+            migrate(self.postgres.url(template))
+            self._template = template
+        return self._make(self._template)
+
+    def copy_database(self, url: str) -> str:
+        """The URL of a copy of a PostgreSQL database that nobody is connected to."""
+        return self._make(url.rsplit("/", 1)[-1])
+
+    def _make(self, template: str) -> str:
+        self._made.append(self.postgres.create(template))
+        return self.postgres.url(self._made[-1])
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Drops the databases that were made inside."""
+        before = len(self._made)
+        yield
+        while len(self._made) > before:
+            self.postgres.drop(self._made.pop())
+
+    def close(self) -> None:
+        """End the servers."""
+        if self._postgres is not None:
+            self._postgres.close()
+            self._postgres = None
+
+
+chosen = Backends()
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """The options of pytest's command line."""
+    parser.addoption(
+        "--database",
+        choices=DATABASES,
+        default=DATABASES[0],
+        help="what the coordinators of the tests keep their truth in",
+    )
+
+
+def configure(config: pytest.Config) -> None:
+    """Read the options."""
+    chosen.database = config.getoption("--database")
+
+
+def on_postgresql() -> bool:
+    """Whether coordinators are made on PostgreSQL."""
+    return chosen.database == "postgresql"
+
+
+def coordinator_config() -> dict[str, Any]:
+    """Keys of `config.yaml` for a new coordinator; `setup.init` takes them too."""
+    return {"database_url": chosen.database_url()} if on_postgresql() else {}
+
+
+def init_options() -> list[str]:
+    """The same, as options of `coldmerge coordinator init`."""
+    return ["--database", chosen.database_url()] if on_postgresql() else []
+
+
+def copy_coordinator(folder: Path, target: Path) -> None:
+    """A copy of a coordinator's folder that nobody has open, with a database of its own."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.sock"))
+    config = settings.load(target)
+    if config.database_url.startswith("postgresql"):
+        copied = chosen.copy_database(config.database_url)
+        settings.save(config.model_copy(update={"database_url": copied}), target)
