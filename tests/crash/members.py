@@ -231,16 +231,24 @@ class Member:
         if begun.receipt.document:
             return signed_from_proto(begun.receipt)
         stop = len(pending.payload)
-        if begun.committed_size == 0 and self._draw.random() < 0.2:
+        if self._habit is None and begun.committed_size == 0 and self._draw.random() < 0.2:
             stop //= 2  # hang up half way, and come back
         self._ledger.happens("write")
         if begun.committed_size < stop:
-            size = self.session.write(_pieces(pending, begun, stop), stop)
-            self._ledger.hears("committed", begun.upload_id, size=size)
+            self.write(pending, begun, stop)
         if stop < len(pending.payload):
             return None
         self._ledger.happens("commit")
         return signed_from_proto(self.session.commit(begun.upload_id))
+
+    def write(
+        self, pending: Pending, begun: contributions_pb2.BeginResponse, stop: int | None = None
+    ) -> int:
+        """Send bytes, from where the coordinator is: the size that is durable now."""
+        stop = len(pending.payload) if stop is None else stop
+        size = self.session.write(_pieces(pending, begun, stop), stop)
+        self._ledger.hears("committed", begun.upload_id, size=size)
+        return size
 
     def _take_back(self, found: Round) -> None:
         ours = self.session.contributions(MODEL, found.id)

@@ -3,7 +3,8 @@
 Half a thousand restarts would spend their time importing. `python -m tests.crash.zygote`
 reads one JSON request a line and answers each with one: `serve` and `work` fork a child
 that runs the real entry point, `wait` reaps it. The worker is a child of this process, not
-of the API's, as in a deployment with separate units; kill it with its group or on its own.
+of the API's, as in a deployment with separate units; kill it with its group or on its own. It
+looks every second, not every half a minute, whether a full disk has space again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,7 @@ def _serve(folder: Path) -> None:
 def _work(folder: Path) -> None:
     from coldmerge_coordinator import worker
 
+    worker.RETRY_FULL = timedelta(seconds=1)
     worker.main([str(folder)])
 
 

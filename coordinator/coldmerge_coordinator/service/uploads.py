@@ -28,6 +28,7 @@ from coldmerge_coordinator.store.models import Contribution, Upload
 
 FLUSH_BYTES = 16 * 2**20
 _DIGITS = 48
+_WITHOUT_FILE = ("REPLACED", "WITHDRAWN")
 
 
 def upload_id(manifest_digest: str) -> str:
@@ -86,16 +87,23 @@ def sweep(store: Store) -> None:
     """Bring files and rows into line after a crash. Call before anything is served.
 
     A file without a row goes; so do the files of contributions that were replaced or
-    taken back.
+    taken back. A contribution whose file still has its name as an upload gets it: the
+    transaction had seemed to fail, the rename was undone, and it was in the log after all.
     """
     with store.database.read() as session:
         uploads = {row.id: row for row in session.query(Upload)}
-        rows = session.query(Contribution).filter(Contribution.state != "ADMITTED")
+        rows = session.query(Contribution).filter(Contribution.state.in_(_WITHOUT_FILE))
         dropped = {row.payload for row in rows}
         known = {row.payload for row in session.query(Contribution)}
     resumable = {payload_name(contribution_id(row.manifest_digest)) for row in uploads.values()}
     for path in sorted(store.uploads.glob("*.part")):
-        if path.stem not in uploads:
+        if path.stem in uploads:
+            continue
+        final = store.contributions / payload_name(path.stem.replace("upload-", "contribution-", 1))
+        if final.name in known - dropped and not final.exists():
+            path.rename(final)
+            fsync_path(store.contributions)
+        else:
             path.unlink()
     for path in sorted(store.contributions.iterdir()):
         if path.name in dropped or path.name not in known | resumable:
