@@ -18,12 +18,11 @@ from coldmerge.core.documents import Document, Receipt, ReleaseRecord
 from coldmerge.core.errors import IntegrityError
 from coldmerge.core.evidence import MAX_TEXT, AuditEntry
 from coldmerge.core.merkle import Frontier, Subtree, leaf_hash
+from coldmerge_coordinator.actors import COORDINATOR
 from coldmerge_coordinator.store.database import before_commit
 from coldmerge_coordinator.store.models import AuditHead, AuditLeaf, AuditNode, Release
 
 Scalar = str | int | float | bool | None
-COORDINATOR = "coordinator"
-"""The actor of what no caller decided: deadlines, schedules, merges, the gate."""
 BEGUN = "log.begun"
 _HEAD = 1
 _PENDING = "coldmerge_audit"
@@ -69,7 +68,7 @@ def append(
     Args:
         session: a write transaction (`Database.write`).
         kind: `<noun>.<event>`, such as `round.sealed`.
-        actor: `Caller.actor`, or `COORDINATOR`.
+        actor: `Caller.actor`, or `actors.COORDINATOR`.
         now: when it was decided.
         ids: what it is about. `contributor` and `round` can be searched for. What is None
             is left out.

@@ -16,6 +16,7 @@ from coldmerge.core.errors import ColdmergeError, ResourceError, Unauthenticated
 from coldmerge.core.files import raise_if_full
 from coldmerge.wire.errors import to_status
 from coldmerge.wire.version import CLIENT_KEY
+from coldmerge_coordinator.actors import LOCAL_ADMIN
 from coldmerge_coordinator.auth import (
     ALLOWED,
     Caller,
@@ -158,7 +159,7 @@ class LocalGuard(Guard):
 
     async def identify(self, _context: Any) -> Caller:
         """The admin."""
-        return Caller(contributor="local admin", machine="", role="admin")
+        return Caller(contributor=LOCAL_ADMIN, machine="", role="admin")
 
 
 class OpenGuard(Guard):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from coldmerge.core.progress import Advance, Counter, Progress, silent
 from coldmerge.rounds.policy import RoundTemplate
 from coldmerge.wire.channel import MAX_DOCUMENT_IN_MESSAGE
 from coldmerge.wire.convert import tensor_to_proto
+from coldmerge_coordinator import audit
+from coldmerge_coordinator.actors import LOCAL_ADMIN
 from coldmerge_coordinator.recipes import cautions, resolved
 from coldmerge_coordinator.schedule import next_tick
 from coldmerge_coordinator.store import Store
@@ -109,7 +113,20 @@ def set_template(
         model = release_table.get_model(session, name, lock=True)
         model.template = template.to_json()
         model.last_scheduled_at = now
+        audit.append(
+            session,
+            "model.template_changed",
+            LOCAL_ADMIN,
+            now,
+            ids={"model": name},
+            detail={"template_sha256": _template_digest(template)},
+        )
     return cautions(template.merge)
+
+
+def _template_digest(template: RoundTemplate) -> str:
+    text = json.dumps(template.to_json(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_name(name: str) -> None:
@@ -272,6 +289,13 @@ def _publish(
             raise _exists(model.name)
         session.add(model)
         digests = release_table.add_content(session, content, masters, now)
+        audit.append(
+            session,
+            "model.added",
+            LOCAL_ADMIN,
+            now,
+            ids={"model": model.name, "content": digests[0]},
+        )
         release_table.publish(
             session, store.signer, model.name, *digests, now, recipe={"method": "import"}
         )

@@ -16,8 +16,10 @@ from coldmerge.rounds import state
 from coldmerge.rounds.policy import parse_template
 from coldmerge.rounds.state import Event
 from coldmerge.wire.invitation import token_digest
+from coldmerge_coordinator import audit
+from coldmerge_coordinator.actors import LOCAL_ADMIN
 from coldmerge_coordinator.auth import ROLES
-from coldmerge_coordinator.store import Store, contributions, releases, rounds
+from coldmerge_coordinator.store import Store, contribution_log, contributions, releases, rounds
 from coldmerge_coordinator.store.models import Contributor, Invitation, Machine, Release, Round
 
 SHORTEST_TTL = timedelta(seconds=1)
@@ -32,7 +34,15 @@ class Invited:
     expires_at: datetime
 
 
-def invite(store: Store, contributor: str, role: str, ttl: timedelta, now: datetime) -> Invited:
+def invite(
+    store: Store,
+    contributor: str,
+    role: str,
+    ttl: timedelta,
+    now: datetime,
+    *,
+    actor: str = LOCAL_ADMIN,
+) -> Invited:
     """A one-time token for a machine of an organization, which is made if it is new.
 
     Inviting an organization that was revoked lets it back in: with new machines only.
@@ -71,6 +81,9 @@ def invite(store: Store, contributor: str, role: str, ttl: timedelta, now: datet
                 expires_at=expires_at,
             )
         )
+        ids = {"contributor": contributor, "invitation": token_digest(token).hex()[:16]}
+        detail: dict[str, audit.Scalar] = {"role": role, "expires_at": expires_at.isoformat()}
+        audit.append(session, "contributor.invited", actor, now, ids=ids, detail=detail)
     return Invited(token, expires_at)
 
 
@@ -113,7 +126,15 @@ def list_contributors(session: Session) -> list[Contributor]:
     return list(session.scalars(select(Contributor).order_by(Contributor.name)))
 
 
-def revoke(store: Store, contributor: str, machine: str, reason: str, now: datetime) -> Contributor:
+def revoke(
+    store: Store,
+    contributor: str,
+    machine: str,
+    reason: str,
+    now: datetime,
+    *,
+    actor: str = LOCAL_ADMIN,
+) -> Contributor:
     """Shut an organization, or one machine, out.
 
     With the organization go its open invitations and its contribution to a round that
@@ -132,6 +153,9 @@ def revoke(store: Store, contributor: str, machine: str, reason: str, now: datet
                 got=f"{contributor[:64]}/{machine[:64]}" if machine else contributor[:64],
                 hint="List them with `coldmerge contributors`.",
             )
+        ids = {"contributor": contributor, "machine": machine or None}
+        kind = "machine.revoked" if machine else "contributor.revoked"
+        audit.append(session, kind, actor, now, ids=ids, detail={"reason": reason})
         if found is not None:
             found.revoked_at = found.revoked_at or now
             return row
@@ -142,25 +166,30 @@ def revoke(store: Store, contributor: str, machine: str, reason: str, now: datet
         )
         for invitation in session.scalars(open_invitations):
             invitation.expires_at = min(invitation.expires_at, now)
-        taken = _take_back(session, store, contributor, now)
+        taken = _take_back(session, store, contributor, now, actor)
     for payload in taken:
         (store.contributions / payload).unlink(missing_ok=True)
     return row
 
 
-def _take_back(session: Session, store: Store, contributor: str, now: datetime) -> list[str]:
+def _take_back(
+    session: Session, store: Store, contributor: str, now: datetime, actor: str
+) -> list[str]:
     taken = []
     for round_ in rounds.active_rounds(session):
         found = contributions.admitted_of(session, round_.id, contributor)
         if found is not None and round_.state == state.State.OPEN:
             found.state = contributions.WITHDRAWN
             session.flush()
-            rounds.apply(session, round_, state.Withdrawn(), now, store.signer)
+            contribution_log.about(session, "contribution.withdrawn", found, actor, now)
+            rounds.apply(session, round_, state.Withdrawn(), now, store.signer, actor=actor)
             taken.append(found.payload)
     return taken
 
 
-def open_round(store: Store, model: str, policy_json: str, now: datetime) -> Round:
+def open_round(
+    store: Store, model: str, policy_json: str, now: datetime, *, actor: str = LOCAL_ADMIN
+) -> Round:
     """Open a round on the model's latest release.
 
     `policy_json` holds the policy keys that replace those of the model's template.
@@ -174,7 +203,7 @@ def open_round(store: Store, model: str, policy_json: str, now: datetime) -> Rou
     with store.database.write() as session:
         standing = releases.get_model(session, model).template
         template = parse_template({**standing, **changes}, "of the call")
-        return rounds.open_round(session, model, template.policy(), now)
+        return rounds.open_round(session, model, template.policy(), now, actor=actor)
 
 
 def _policy_changes(policy_json: str) -> dict[str, object]:
@@ -193,7 +222,9 @@ def _policy_changes(policy_json: str) -> dict[str, object]:
     )
 
 
-def move_round(store: Store, round_id: str, event: Event, now: datetime) -> Round:
+def move_round(
+    store: Store, round_id: str, event: Event, now: datetime, *, actor: str = LOCAL_ADMIN
+) -> Round:
     """Apply an admin's event (Seal, Abandon, Extend, Resolve) to a round.
 
     Raises:
@@ -202,11 +233,13 @@ def move_round(store: Store, round_id: str, event: Event, now: datetime) -> Roun
     """
     with store.database.write() as session:
         row = rounds.get(session, round_id, lock=True)
-        rounds.apply(session, row, event, now, store.signer)
+        rounds.apply(session, row, event, now, store.signer, actor=actor)
         return row
 
 
-def extend_round(store: Store, round_id: str, by: timedelta, now: datetime) -> Round:
+def extend_round(
+    store: Store, round_id: str, by: timedelta, now: datetime, *, actor: str = LOCAL_ADMIN
+) -> Round:
     """Move the deadline the round waits for.
 
     Raises:
@@ -222,10 +255,18 @@ def extend_round(store: Store, round_id: str, by: timedelta, now: datetime) -> R
             got=by,
             hint="Give --by such as 2h.",
         )
-    return move_round(store, round_id, state.Extend(by), now)
+    return move_round(store, round_id, state.Extend(by), now, actor=actor)
 
 
-def rollback(store: Store, model: str, number: int, reason: str, now: datetime) -> Release:
+def rollback(
+    store: Store,
+    model: str,
+    number: int,
+    reason: str,
+    now: datetime,
+    *,
+    actor: str = LOCAL_ADMIN,
+) -> Release:
     """Publish an old release again under the next number.
 
     Raises:
@@ -233,4 +274,6 @@ def rollback(store: Store, model: str, number: int, reason: str, now: datetime) 
         ConflictError: a round is active, or it is the latest already.
     """
     with store.database.write() as session:
-        return releases.rollback(session, store.signer, model, number, reason[:500], now)
+        return releases.rollback(
+            session, store.signer, model, number, reason[:500], now, actor=actor
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from coldmerge.core.errors import ConfigError
@@ -12,6 +13,7 @@ from coldmerge.rounds.state import Event
 from coldmerge.wire.convert import timestamp
 from coldmerge.wire.invitation import Invitation
 from coldmerge.wire.v1 import admin_pb2, admin_pb2_grpc, common_pb2, models_pb2
+from coldmerge_coordinator.auth import caller
 from coldmerge_coordinator.identity import Authority
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.service.backend import Backend
@@ -52,6 +54,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             request.role,
             request.ttl.ToTimedelta(),
             self._clock.now(),
+            actor=caller().actor,
         )
         invitation = Invitation(
             federation=self._store.federation,
@@ -87,7 +90,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     def _revoke(self, request: admin_pb2.RevokeRequest) -> admin_pb2.Contributor:
         now = self._clock.now()
-        row = admin.revoke(self._store, request.contributor, request.machine, request.reason, now)
+        row = admin.revoke(
+            self._store,
+            request.contributor,
+            request.machine,
+            request.reason,
+            now,
+            actor=caller().actor,
+        )
         with self._store.database.read() as session:
             return contributor_message(session, row)
 
@@ -96,7 +106,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     ) -> common_pb2.Round:
         """Open a round."""
         row = await asyncio.to_thread(
-            admin.open_round, self._store, request.model, request.policy_json, self._clock.now()
+            admin.open_round,
+            self._store,
+            request.model,
+            request.policy_json,
+            self._clock.now(),
+            actor=caller().actor,
         )
         return await asyncio.to_thread(self._round, row.id)
 
@@ -106,7 +121,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     async def _move(self, round_id: str, event: Event) -> common_pb2.Round:
         now = self._clock.now()
-        await asyncio.to_thread(admin.move_round, self._store, round_id, event, now)
+        move = partial(admin.move_round, actor=caller().actor)
+        await asyncio.to_thread(move, self._store, round_id, event, now)
         return await asyncio.to_thread(self._round, round_id)
 
     async def SealRound(self, request: admin_pb2.RoundAction, _context: Any) -> common_pb2.Round:
@@ -128,6 +144,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             request.round,
             request.by.ToTimedelta(),
             self._clock.now(),
+            actor=caller().actor,
         )
         return await asyncio.to_thread(self._round, request.round)
 
@@ -154,7 +171,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 hint=f"List them with `coldmerge release list {request.model}`.",
             )
         now = self._clock.now()
-        row = admin.rollback(self._store, request.model, request.number, request.reason, now)
+        row = admin.rollback(
+            self._store,
+            request.model,
+            request.number,
+            request.reason,
+            now,
+            actor=caller().actor,
+        )
         with self._store.database.read() as session:
             return release_message(session, row)
 

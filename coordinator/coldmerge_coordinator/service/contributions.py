@@ -13,12 +13,13 @@ from sqlalchemy import select
 from coldmerge.core.errors import ManifestError
 from coldmerge.wire.channel import CHUNK_BYTES
 from coldmerge.wire.convert import signed_from_proto
-from coldmerge.wire.v1 import contributions_pb2, contributions_pb2_grpc
+from coldmerge.wire.v1 import common_pb2, contributions_pb2, contributions_pb2_grpc
 from coldmerge_coordinator.auth import Caller, caller
 from coldmerge_coordinator.limits import brisk
 from coldmerge_coordinator.service.backend import Backend
 from coldmerge_coordinator.service.intake import Intake
 from coldmerge_coordinator.service.messages import contribution_message, receipt_message
+from coldmerge_coordinator.service.refusals import Refusals
 from coldmerge_coordinator.service.rules import own
 from coldmerge_coordinator.service.uploads import LiveUpload
 from coldmerge_coordinator.store.models import Contribution
@@ -35,6 +36,7 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
         self._backend = backend
         self._store = backend.store
         self._intake = intake
+        self._refusals = Refusals(backend.store, backend.clock)
 
     async def Begin(
         self, request: contributions_pb2.BeginRequest, _context: Any
@@ -45,7 +47,8 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
     def _begin(
         self, who: Caller, request: contributions_pb2.BeginRequest
     ) -> contributions_pb2.BeginResponse:
-        found = self._intake.begin(who, signed_from_proto(request.manifest))
+        with self._refusals.logged(who, "Begin"):
+            found = self._intake.begin(who, signed_from_proto(request.manifest))
         if isinstance(found, Contribution):
             return contributions_pb2.BeginResponse(
                 committed_size=found.payload_bytes,
@@ -73,12 +76,16 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
                 _check_chunk(request, live)
                 await watch.look(live)
                 chunk = request.chunk
-                await backend.bulk(partial(live.write, ticket, chunk.offset, chunk.data))
+                await backend.bulk(partial(self._write, who, live, ticket, chunk))
         finally:
             committed = 0
             if live is not None:
                 committed = await asyncio.shield(backend.bulk(live.flush))
         return contributions_pb2.WriteResponse(committed_size=committed)
+
+    def _write(self, who: Caller, live: LiveUpload, ticket: int, chunk: common_pb2.Chunk) -> None:
+        with self._refusals.logged(who, "Write"):
+            live.write(ticket, chunk.offset, chunk.data)
 
     async def QueryWriteStatus(
         self, request: contributions_pb2.QueryWriteStatusRequest, _context: Any
@@ -94,9 +101,13 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
         self, request: contributions_pb2.CommitRequest, _context: Any
     ) -> contributions_pb2.CommitResponse:
         """Admit a complete upload."""
-        work = partial(self._intake.commit, caller(), request.upload_id)
+        work = partial(self._commit, caller(), request.upload_id)
         row = await asyncio.shield(self._backend.bulk(work))
         return contributions_pb2.CommitResponse(receipt=receipt_message(row))
+
+    def _commit(self, who: Caller, upload: str) -> Contribution:
+        with self._refusals.logged(who, "Commit"):
+            return self._intake.commit(who, upload)
 
     async def Get(
         self, request: contributions_pb2.GetContributionRequest, _context: Any

@@ -24,8 +24,9 @@ from coldmerge.wire.convert import instant, timestamp
 from coldmerge.wire.invitation import token_digest
 from coldmerge.wire.proofs import enrol_message, renew_message
 from coldmerge.wire.v1 import enrolment_pb2, enrolment_pb2_grpc
+from coldmerge_coordinator import audit
 from coldmerge_coordinator.auth import refuse_revoked
-from coldmerge_coordinator.identity import Authority, Issued, read_csr
+from coldmerge_coordinator.identity import Authority, Issued, identity_fingerprint, read_csr
 from coldmerge_coordinator.service.backend import Backend
 from coldmerge_coordinator.store.models import Contributor, Invitation, Machine
 
@@ -106,6 +107,7 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         machine.identity_public_key = key
         machine.enrolled_at = now
         machine.revoked_at = None
+        _log_enrolment(session, machine, now)
         return machine
 
     def _issue(self, csr: x509.CertificateSigningRequest, machine: Machine) -> Issued:
@@ -160,6 +162,17 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
                 got=at.isoformat(),
                 hint="Set this machine's clock (NTP), then try again.",
             )
+
+
+def _log_enrolment(session: Session, machine: Machine, now: datetime) -> None:
+    audit.append(
+        session,
+        "machine.enrolled",
+        f"{machine.contributor}/{machine.name}",
+        now,
+        ids={"contributor": machine.contributor, "machine": machine.name},
+        detail={"identity": identity_fingerprint(machine.identity_public_key)},
+    )
 
 
 def _find_invitation(session: Session, token: str) -> Invitation:

@@ -41,7 +41,14 @@ from coldmerge_coordinator.service.uploads import (
     payload_name,
     upload_id,
 )
-from coldmerge_coordinator.store import Store, contributions, releases, rounds, usage
+from coldmerge_coordinator.store import (
+    Store,
+    contribution_log,
+    contributions,
+    releases,
+    rounds,
+    usage,
+)
 from coldmerge_coordinator.store.models import Contribution, Contributor, Machine, Round, Upload
 
 
@@ -294,7 +301,8 @@ class Intake:
             session.add(counted)
             session.delete(upload)
             session.flush()
-            rounds.apply(session, row, state.Contributed(), now, signer)
+            contribution_log.admitted(session, counted, older, live.actor, now)
+            rounds.apply(session, row, state.Contributed(), now, signer, actor=live.actor)
             return counted, older
 
     def _contribution(
@@ -348,7 +356,8 @@ class Intake:
                 row.state = contributions.WITHDRAWN
                 session.flush()
                 round_ = rounds.get(session, row.round, lock=True)
-                rounds.apply(session, round_, state.Withdrawn(), now, signer)
+                contribution_log.about(session, "contribution.withdrawn", row, who.actor, now)
+                rounds.apply(session, round_, state.Withdrawn(), now, signer, actor=who.actor)
         if row.state == contributions.WITHDRAWN:
             (self._store.contributions / row.payload).unlink(missing_ok=True)
         return row

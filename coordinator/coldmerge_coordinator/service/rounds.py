@@ -95,5 +95,5 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
                         hint="Run `coldmerge evaluate` on the machine that reports.",
                         round=row.id,
                     )
-            rounds.record_evaluation(session, row, signed, now, signer)
+            rounds.record_evaluation(session, row, signed, now, signer, actor=who.actor)
             return round_message(session, row)

@@ -149,6 +149,11 @@ class LiveUpload:
             self._check.replay(file, self._start, self.committed)
 
     @property
+    def actor(self) -> str:
+        """Who sends it, as the audit log says it."""
+        return f"{self.contributor}/{self.machine}"
+
+    @property
     def position(self) -> int:
         """How many bytes of payload have come."""
         return self._check.position

@@ -14,6 +14,8 @@ from coldmerge.core import dtypes
 from coldmerge.core.digests import Content, master_digest
 from coldmerge.core.documents import Document, ReleaseRecord, Signed, sign
 from coldmerge.core.errors import ConflictError, NotFoundError
+from coldmerge_coordinator import audit
+from coldmerge_coordinator.actors import LOCAL_ADMIN
 from coldmerge_coordinator.store import models
 from coldmerge_coordinator.store.models import Blob, Master, Model, Release, Round
 
@@ -290,11 +292,19 @@ def publish(
     )
     session.add(release)
     session.flush()
+    audit.append_record(session, record)
     return release
 
 
 def rollback(
-    session: Session, signer: Signer, model: str, number: int, reason: str, now: datetime
+    session: Session,
+    signer: Signer,
+    model: str,
+    number: int,
+    reason: str,
+    now: datetime,
+    *,
+    actor: str = LOCAL_ADMIN,
 ) -> Release:
     """Publish the content of release `number` again, under the next number.
 
@@ -324,6 +334,8 @@ def rollback(
             hint=f"List them with `coldmerge release list {model}`.",
             model=model,
         )
+    detail: dict[str, audit.Scalar] = {"to": number, "from": latest.number, "reason": reason}
+    audit.append(session, "release.rolled_back", actor, now, ids={"model": model}, detail=detail)
     recipe: Recipe = {"method": "rollback", "number": number, "reason": reason}
     return publish(
         session,

@@ -20,8 +20,9 @@ from coldmerge.rounds import state
 from coldmerge.rounds.gate import check_evaluation
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import Effect, Event, RoundView, State
+from coldmerge_coordinator.actors import COORDINATOR
 from coldmerge_coordinator.recipes import resolved
-from coldmerge_coordinator.store import contributions, notices, releases, trials
+from coldmerge_coordinator.store import contributions, notices, releases, round_log, trials
 from coldmerge_coordinator.store.models import Contributor, Evaluation, Release, Round
 from coldmerge_coordinator.store.releases import Recipe, Signer
 
@@ -139,7 +140,14 @@ def view(session: Session, row: Round) -> RoundView:
     )
 
 
-def open_round(session: Session, model: str, policy: RoundPolicy, now: datetime) -> Round:
+def open_round(
+    session: Session,
+    model: str,
+    policy: RoundPolicy,
+    now: datetime,
+    *,
+    actor: str = COORDINATOR,
+) -> Round:
     """Open a round on the model's latest release, with every parameter of its merge written down.
 
     Raises:
@@ -170,6 +178,7 @@ def open_round(session: Session, model: str, policy: RoundPolicy, now: datetime)
     )
     session.add(row)
     session.flush()
+    round_log.opened(session, row, now, actor)
     return row
 
 
@@ -187,9 +196,17 @@ def _refuse_second(model: str, active: Round | None) -> None:
 
 
 def apply(
-    session: Session, row: Round, event: Event, now: datetime, signer: Signer
+    session: Session,
+    row: Round,
+    event: Event,
+    now: datetime,
+    signer: Signer,
+    *,
+    actor: str = COORDINATOR,
 ) -> tuple[Effect, ...]:
     """Move the round by `event` and carry out the effects, all in this transaction.
+
+    `actor` is who the audit log says moved it.
 
     `row` is brought up to date. A tick that changes nothing writes nothing. Read `row`
     in this transaction, with `get(…, lock=True)`.
@@ -206,6 +223,7 @@ def apply(
     for effect in effects:
         _carry_out(session, row, effect, now, signer)
     session.flush()
+    round_log.moved(session, row, before, event, now, actor)
     return effects
 
 
@@ -291,7 +309,13 @@ def recipe(policy: RoundPolicy) -> Recipe:
 
 
 def record_evaluation(
-    session: Session, row: Round, signed: Signed, now: datetime, signer: Signer
+    session: Session,
+    row: Round,
+    signed: Signed,
+    now: datetime,
+    signer: Signer,
+    *,
+    actor: str = COORDINATOR,
 ) -> documents.Evaluation:
     """Store an evaluation whose signature was checked, and let the gate look again.
 
@@ -323,5 +347,6 @@ def record_evaluation(
                 reported_at=now,
             )
         )
+        round_log.evaluated(session, row, evaluation, now, actor)
     apply(session, row, state.Evaluated(), now, signer)
     return evaluation
