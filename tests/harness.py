@@ -36,6 +36,7 @@ from coldmerge.wire.convert import signed_to_proto
 from coldmerge.wire.proofs import enrol_message
 from coldmerge.wire.v1 import (
     admin_pb2_grpc,
+    audit_pb2_grpc,
     common_pb2,
     contributions_pb2,
     contributions_pb2_grpc,
@@ -219,6 +220,7 @@ class MachineClient:
         self.models: Any = models_pb2_grpc.ModelsStub(self.channel)  # type: ignore[no-untyped-call]
         self.rounds: Any = rounds_pb2_grpc.RoundsStub(self.channel)  # type: ignore[no-untyped-call]
         self.admin: Any = admin_pb2_grpc.AdminStub(self.channel)  # type: ignore[no-untyped-call]
+        self.audit: Any = audit_pb2_grpc.AuditStub(self.channel)  # type: ignore[no-untyped-call]
         self.contributions: Any = contributions_pb2_grpc.ContributionsStub(  # type: ignore[no-untyped-call]
             self.channel
         )

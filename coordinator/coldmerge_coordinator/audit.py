@@ -115,9 +115,12 @@ def _store(session: Session) -> None:
     """Give the transaction's entries their positions and write them down."""
     pending: list[_Pending] = session.info.pop(_PENDING, [])
     session.flush()
-    head = locked_head(session)
+    _write(session, _locked_head(session), pending, pending[0].at)
+
+
+def _write(session: Session, head: AuditHead, pending: list[_Pending], at: datetime) -> None:
     if head.size == 0:
-        pending = [*_beginning(session, pending), *pending]
+        pending = [*_beginning(session, pending, at), *pending]
     tree = Frontier.of(head.size, subtree_of(session))
     for item in pending:
         document = item.render(session.info["federation"], tree.size)
@@ -137,7 +140,19 @@ def _store(session: Session) -> None:
     session.flush()
 
 
-def locked_head(session: Session) -> AuditHead:
+def begun_head(session: Session, now: datetime) -> AuditHead:
+    """The log's head, locked until this transaction ends; an empty log begins at `now`.
+
+    Raises:
+        IntegrityError: the database has lost it.
+    """
+    head = _locked_head(session)
+    if head.size == 0:
+        _write(session, head, [], now)
+    return head
+
+
+def _locked_head(session: Session) -> AuditHead:
     """The log's head; nobody else appends until this transaction ends.
 
     Raises:
@@ -175,12 +190,11 @@ def subtree_of(session: Session) -> Subtree:
     return read
 
 
-def _beginning(session: Session, pending: Sequence[_Pending]) -> list[_Pending]:
+def _beginning(session: Session, pending: Sequence[_Pending], at: datetime) -> list[_Pending]:
     """What an empty log starts with: that it begins, and the records of releases before it."""
     fresh = {item.document for item in pending}
     query = select(Release).order_by(Release.published_at, Release.model, Release.number)
     older = [row for row in session.scalars(query) if row.record not in fresh]
-    at = min([row.published_at for row in older] + [item.at for item in pending])
     found = [_Pending(BEGUN, COORDINATOR, at, {}, {"releases": len(older)})]
     for row in older:
         record = ReleaseRecord.parse(row.record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from coldmerge.core.errors import ConfigError
 from coldmerge.core.files import fsync_path
 from coldmerge.core.ids import ADDRESS
 from coldmerge.core.validation import first_problem
+from coldmerge.rounds.policy import Duration
 
 FILE_NAME = "config.yaml"
 SQLITE = "sqlite:///coldmerge.db"
@@ -46,6 +48,14 @@ class Limits(BaseModel):
     enrolments_per_minute: int = Field(default=30, ge=1)
 
 
+class AuditSettings(BaseModel):
+    """For how long a client may believe a checkpoint of the audit log."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint_lifetime: Duration = timedelta(hours=24)
+
+
 class CoordinatorConfig(BaseModel):
     """Who we are, where we listen, where the truth is kept.
 
@@ -62,6 +72,7 @@ class CoordinatorConfig(BaseModel):
     database_url: str = SQLITE
     min_protocol: int = Field(default=1, ge=1)
     limits: Limits = Limits()
+    audit: AuditSettings = AuditSettings()
 
     def database_in(self, folder: Path) -> str:
         """The database URL, with a relative SQLite path resolved against `folder`.

@@ -16,6 +16,7 @@ from coldmerge.core.errors import ConfigError
 from coldmerge.wire.channel import server_options, socket_target
 from coldmerge.wire.v1 import (
     admin_pb2_grpc,
+    audit_pb2_grpc,
     contributions_pb2_grpc,
     enrolment_pb2_grpc,
     models_pb2_grpc,
@@ -25,6 +26,7 @@ from coldmerge_coordinator.guard import Guard, LocalGuard, OpenGuard, PeerGuard
 from coldmerge_coordinator.identity import LEAF_LIFETIME, Authority
 from coldmerge_coordinator.sentry import Sentry
 from coldmerge_coordinator.service.admin_service import Addresses, AdminService
+from coldmerge_coordinator.service.audit import AuditService
 from coldmerge_coordinator.service.backend import Backend
 from coldmerge_coordinator.service.contributions import ContributionsService
 from coldmerge_coordinator.service.enrolment import EnrolmentService
@@ -133,6 +135,9 @@ class Servers:
         )
         rounds_pb2_grpc.add_RoundsServicer_to_server(  # type: ignore[no-untyped-call]
             RoundsService(self._backend), server
+        )
+        audit_pb2_grpc.add_AuditServicer_to_server(  # type: ignore[no-untyped-call]
+            AuditService(self._backend), server
         )
 
     def _add_admin(self, server: Any) -> None:
