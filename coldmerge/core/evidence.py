@@ -17,7 +17,7 @@ KIND = r"[a-z][a-z_]{0,30}\.[a-z][a-z_]{0,30}"
 MAX_TEXT = 300
 """Characters of a reason or a sentence in an entry. Nothing in an entry is longer."""
 
-Key = Annotated[str, Field(pattern=r"^[a-z][a-z_]{0,31}$")]
+Key = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Detail = bool | int | float | Text | None
 
