@@ -31,6 +31,8 @@ from coldmerge.rounds.statistics import statistics_for
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(?:[1-9][0-9]{0,8}[smhd])+")
+_LONGEST = 10**9
+"""Seconds, 31 years: beyond what anybody waits, within what a timedelta holds."""
 _METHOD = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _CRON = re.compile(r"\S+(?: +\S+){4,5}")
 _HINT = 'Write a number and a unit, such as "90s", "10m", "24h" or "7d".'
@@ -42,7 +44,8 @@ def parse_duration(text: str) -> timedelta:
     Raises:
         ConfigError: anything else.
     """
-    if not _DURATION.fullmatch(text):
+    found = _duration(text)
+    if found is None:
         raise ConfigError(
             "policy.bad_duration",
             f"A duration cannot be read: {text!r}.",
@@ -50,8 +53,15 @@ def parse_duration(text: str) -> timedelta:
             got=text,
             hint=_HINT,
         )
+    return found
+
+
+def _duration(text: str) -> timedelta | None:
+    if not _DURATION.fullmatch(text):
+        return None
     parts = re.findall(r"([0-9]+)([smhd])", text)
-    return timedelta(seconds=sum(int(number) * _UNITS[unit] for number, unit in parts))
+    seconds = sum(int(number) * _UNITS[unit] for number, unit in parts)
+    return timedelta(seconds=seconds) if seconds <= _LONGEST else None
 
 
 def format_duration(duration: timedelta) -> str:
@@ -67,9 +77,10 @@ def format_duration(duration: timedelta) -> str:
 def _duration_in(value: object) -> object:
     if isinstance(value, timedelta):
         return value
-    if not isinstance(value, str) or not _DURATION.fullmatch(value):
+    found = _duration(value) if isinstance(value, str) else None
+    if found is None:
         raise ValueError(f"{value!r} is not a duration. {_HINT}")
-    return parse_duration(value)
+    return found
 
 
 Duration = Annotated[

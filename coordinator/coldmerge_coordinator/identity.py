@@ -305,7 +305,7 @@ def read_peer(certificate_pem: bytes) -> Peer | None:
     """Who a verified client certificate names; None when it is not one of ours."""
     try:
         return _read_peer(certificate_pem)
-    except (ValueError, x509.ExtensionNotFound, *_UNREADABLE):
+    except (ValueError, TypeError, x509.ExtensionNotFound, *_UNREADABLE):
         return None
 
 

@@ -148,8 +148,8 @@ def shards(data: bytes) -> Verdict:
     except CheckpointError:
         return Verdict.REFUSED
     told = json.loads(data, object_pairs_hook=_no_twice)["weight_map"]
-    demand(told == {"a": "a.safetensors", "b": "b.safetensors"}, "an index that lies")
-    demand(set(found.tensors) == {"a", "b"}, "other tensors")
+    demand(set(found.tensors) == set(told) <= {"a", "b"}, "other tensors")
+    demand(all(file == f"{name}.safetensors" for name, file in told.items()), "it lies")
     return Verdict.ACCEPTED
 
 

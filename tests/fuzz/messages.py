@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import warnings
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, cast
@@ -13,6 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.utils import CryptographyDeprecationWarning
 from google.protobuf.message import DecodeError
 
 from coldmerge.core.documents import Manifest, verify
@@ -146,6 +148,12 @@ def peer(data: bytes) -> Verdict:
     if not data.startswith(b"-----"):
         body = base64.encodebytes(data)
         pem = b"-----BEGIN CERTIFICATE-----\n" + body + b"-----END CERTIFICATE-----\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        return _peer(pem)
+
+
+def _peer(pem: bytes) -> Verdict:
     found = read_peer.__wrapped__(pem)
     if found is None:
         return Verdict.REFUSED
@@ -160,10 +168,12 @@ def peer(data: bytes) -> Verdict:
 def invitation(data: bytes) -> Verdict:
     """An invitation, as text that somebody pasted."""
     text = data.decode("utf-8", "surrogateescape")
-    try:
-        found = Invitation.parse(text)
-    except ConfigError:
-        return Verdict.REFUSED
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        try:
+            found = Invitation.parse(text)
+        except ConfigError:
+            return Verdict.REFUSED
     compact = "".join(text.split()).removeprefix(PREFIX)
     raw = base64.urlsafe_b64decode(compact + "=" * (-len(compact) % 4))
     body = json.loads(raw, object_pairs_hook=_no_twice)

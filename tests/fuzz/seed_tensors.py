@@ -58,6 +58,7 @@ def shards() -> Files:
     lies = {"weight_map": {"a": "b.safetensors", "b": "a.safetensors"}}
     return {
         "ok-index": json.dumps({"metadata": {"total_size": 16}, **good}).encode(),
+        "ok-one-shard": b'{"weight_map":{"b":"b.safetensors"}}',
         "bad-lies": json.dumps(lies).encode(),
         "bad-path": json.dumps({"weight_map": {"a": "../../etc/passwd"}}).encode(),
         "bad-twice": json.dumps(good).encode().replace(b'{"a"', b'{"a":"b.safetensors","a"'),

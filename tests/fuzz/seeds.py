@@ -145,6 +145,7 @@ def round_policy() -> Files:
         "bad-zone": b"schedule: {cron: 0 2 * * *, timezone: ../../etc/passwd}\n",
         "bad-nan": b"gate: {max_loss: .nan}\n",
         "bad-duration": b"duration: 999999999d\n",
+        "bad-sum": b"duration: 999999999d999999999d\n",
     }
 
 
@@ -156,7 +157,11 @@ def merge_plan() -> Files:
     ties += "  - {model: b, layer_range: [0, 2]}\nparameters:\n  weight:\n"
     ties += "  - {filter: mlp, value: [0, 0.5]}\n  - value: 1\n  density: 1\n"
     found = _yaml(small=small, ties=ties)
-    return {**found, "bad-range": ties.replace("[0, 2]", f"[0, {2**70}]").encode()}
+    return {
+        **found,
+        "bad-range": ties.replace("[0, 2]", f"[0, {2**70}]").encode(),
+        "bad-slice": b"merge_method: ties\nslices:\n- [a]\n",
+    }
 
 
 def train_config() -> Files:
@@ -245,6 +250,17 @@ def invitation(root: bytes, other: bytes) -> Files:
     }
 
 
+def peer(leaf: bytes, chain: bytes, root: bytes) -> Files:
+    text, bits = b"U\x04\x05\x13", b"U\x04\x05\x03"
+    return {
+        "ok-der": leaf,
+        "ok-chain": chain,
+        "bad-root": root,
+        "bad-cut": leaf[:-9],
+        "bad-bits": leaf.replace(text, bits).replace(text.replace(b"\x13", b"\x0c"), bits),
+    }
+
+
 def wire(request: bytes) -> dict[str, Files]:
     found = genuine()
     manifest_message = signed_to_proto(found["manifest-full"])
@@ -328,7 +344,7 @@ def everything() -> dict[str, Files]:
         **{name: make() for name, make in makers.items()},
         "invitation": invitation(root, other),
         "csr": _requests(request),
-        "peer": {"ok-der": leaf, "ok-chain": chain, "bad-root": root, "bad-cut": leaf[:-9]},
+        "peer": peer(leaf, chain, root),
         **wire(request),
     }
 

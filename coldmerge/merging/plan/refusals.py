@@ -45,9 +45,9 @@ def refuse(node: Node, words: Mapping[str, str]) -> None:
     Raises:
         ConfigError: it is.
     """
-    found = dict(node.keys) if isinstance(node.value, dict) else {node.value: node.where}
+    found = {node.value: node.where} if isinstance(node.value, str) else node.keys
     for word, where in found.items():
-        if isinstance(word, str) and word in words:
+        if word in words:
             raise ConfigError(
                 "plan.unsupported",
                 f"{where}: `{word}` is not supported.",
