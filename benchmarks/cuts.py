@@ -61,8 +61,8 @@ class Figures:
 class Cutter:
     """Cuts a relay's line at equal shares of a payload, on a thread, and keeps account."""
 
-    def __init__(self, hub: Hub, relay: Relay, payload: int, cuts: int) -> None:
-        self._hub, self._relay = hub, relay
+    def __init__(self, folder: Path, relay: Relay, payload: int, cuts: int) -> None:
+        self._database, self._relay = folder / "coldmerge.db", relay
         self._every, self._cuts = payload // (cuts + 1), cuts
         self.waste: list[int] = []
         self._end = threading.Event()
@@ -98,7 +98,7 @@ class Cutter:
         return True
 
     def _durable(self) -> int:
-        with closing(sqlite3.connect(self._hub.folder / "coldmerge.db")) as database:
+        with closing(sqlite3.connect(self._database)) as database:
             row = database.execute("SELECT committed_size FROM upload").fetchone()
         return int(row[0]) if row else 0
 
@@ -107,7 +107,7 @@ def measure(hub: Hub, org: Org, relay: Relay, push: Sequence[str | Path], cuts: 
     """Push once over the relay, cut so many times. The payload is what the receipt says."""
     payload = payload_of(push)
     started = time.monotonic()
-    with Sampler() as sampler, Cutter(hub, relay, payload, cuts) as cutter:
+    with Sampler() as sampler, Cutter(hub.folder, relay, payload, cuts) as cutter:
         if hub.process is not None:
             sampler.watch("coordinator", hub.process.pid)
         process = org.spawn(*push)
