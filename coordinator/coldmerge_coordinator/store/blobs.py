@@ -11,9 +11,11 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -23,6 +25,29 @@ from coldmerge.core.files import CHUNK_BYTES, PositionalFile, fsync_path, raise_
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _INCOMING = "incoming"
+
+
+class Readable(Protocol):
+    """Bytes at an offset. `size`: how many there are."""
+
+    size: int
+
+    def read(self, start: int, stop: int) -> bytes | bytearray:
+        """The bytes [start, stop)."""
+        ...
+
+    def close(self) -> None:
+        """Give it back."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredBlob:
+    """What a listing says of a blob."""
+
+    sha256: str
+    size: int
+    written: datetime
 
 
 class BlobWriter:
@@ -49,6 +74,11 @@ class BlobWriter:
         self._hash.update(data)
         self.nbytes += memoryview(data).nbytes
 
+    @property
+    def sha256(self) -> str:
+        """The digest of what was written so far."""
+        return self._hash.hexdigest()
+
     def commit(self) -> tuple[str, int]:
         """Make the blob durable under its name: (sha256, length).
 
@@ -57,7 +87,7 @@ class BlobWriter:
         Raises:
             ResourceError: the disk is full.
         """
-        sha256 = self._hash.hexdigest()
+        sha256 = self.sha256
         try:
             self._place(_path(self._folder, sha256))
         except OSError as error:
@@ -71,6 +101,8 @@ class BlobWriter:
             os.fsync(self._fd)
             final.parent.mkdir(exist_ok=True)
             self._temporary.rename(final)
+        else:  # nobody may need it yet: it is as good as new to whoever collects old ones
+            os.utime(final)
         fsync_path(final.parent)
         if final.parent.name not in self._synced:
             # Whoever made the folder may have been killed before it was durable.
@@ -132,8 +164,16 @@ class BlobStore:
         """
         path = self.path(sha256)
         if not path.exists():
-            raise _missing(sha256)
+            raise missing(sha256)
         return PositionalFile(path)
+
+    def stream(self, sha256: str) -> Readable:
+        """A blob, to be read once from front to back. Close it.
+
+        Raises:
+            NotFoundError: it is not on disk.
+        """
+        return self.open(sha256)
 
     def read(self, sha256: str, start: int, stop: int) -> bytes:
         """The bytes [start, stop) of a blob.
@@ -167,6 +207,24 @@ class BlobStore:
             for start, stop in dtypes.blocks(file.size, CHUNK_BYTES):
                 yield bytes(file.read(start, stop))
 
+    def stored(self, sha256s: Sequence[str]) -> dict[str, int]:
+        """The lengths of those blobs that are durable."""
+        paths = ((sha256, self.path(sha256)) for sha256 in sha256s)
+        return {sha256: path.stat().st_size for sha256, path in paths if path.exists()}
+
+    def listed(self, shard: str) -> Iterator[StoredBlob]:
+        """The blobs whose names begin with the two digits `shard`."""
+        folder = self.folder / shard
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            found = path.stat()
+            written = datetime.fromtimestamp(found.st_mtime, UTC)
+            yield StoredBlob(path.name, found.st_size, written)
+
+    def remove(self, sha256s: Sequence[str]) -> None:
+        """Delete blobs; those that are not there are no error."""
+        for sha256 in sha256s:
+            _path(self.folder, sha256).unlink(missing_ok=True)
+
     def sweep(self, older_than: float) -> int:
         """Remove temporary files last written before `older_than` (Unix time): how many."""
         removed = 0
@@ -179,11 +237,12 @@ class BlobStore:
 
 def _path(folder: Path, sha256: str) -> Path:
     if not _SHA256.fullmatch(sha256):
-        raise _missing(sha256)
+        raise missing(sha256)
     return folder / sha256[:2] / sha256
 
 
-def _missing(sha256: str) -> NotFoundError:
+def missing(sha256: str) -> NotFoundError:
+    """The error for a blob that is not here."""
     return NotFoundError(
         "blob.unknown",
         "There is no such blob.",
