@@ -1,4 +1,4 @@
-"""Which database a test's coordinator keeps the truth in: chosen on pytest's command line.
+"""Where a test's coordinator keeps the truth, and where tensors: chosen on the command line.
 
 Everything that makes a coordinator's folder takes its settings from here, so that the same
 tests run on each: `coordinator_config` for those that make one in this process,
@@ -17,9 +17,11 @@ import pytest
 
 from coldmerge_coordinator import config as settings
 from coldmerge_coordinator.store.database import migrate
+from tests import s3
 from tests.postgres import Server
 
 DATABASES = ("sqlite", "postgresql")
+BLOBS = ("disk", "s3")
 
 
 class Backends:
@@ -27,6 +29,7 @@ class Backends:
 
     def __init__(self) -> None:
         self.database = DATABASES[0]
+        self.blobs = BLOBS[0]
         self._postgres: Server | None = None
         self._template = ""
         self._made: list[str] = []
@@ -71,6 +74,7 @@ class Backends:
         if self._postgres is not None:
             self._postgres.close()
             self._postgres = None
+        s3.close()
 
 
 chosen = Backends()
@@ -84,11 +88,18 @@ def add_options(parser: pytest.Parser) -> None:
         default=DATABASES[0],
         help="what the coordinators of the tests keep their truth in",
     )
+    parser.addoption(
+        "--blobs",
+        choices=BLOBS,
+        default=BLOBS[0],
+        help="where the coordinators of the tests keep tensors and task vectors",
+    )
 
 
 def configure(config: pytest.Config) -> None:
     """Read the options."""
     chosen.database = config.getoption("--database")
+    chosen.blobs = config.getoption("--blobs")
 
 
 def on_postgresql() -> bool:
@@ -96,9 +107,18 @@ def on_postgresql() -> bool:
     return chosen.database == "postgresql"
 
 
+def in_s3() -> bool:
+    """Whether coordinators are made with their tensors in S3."""
+    return chosen.blobs == "s3"
+
+
+needs_disk = pytest.mark.skipif("config.getoption('--blobs') == 's3'", reason="files are looked at")
+
+
 def coordinator_config() -> dict[str, Any]:
     """Keys of `config.yaml` for a new coordinator; `setup.init` takes them too."""
-    return {"database_url": chosen.database_url()} if on_postgresql() else {}
+    database = {"database_url": chosen.database_url()} if on_postgresql() else {}
+    return {**database, **(s3.server().config() if in_s3() else {})}
 
 
 def init_options() -> list[str]:

@@ -7,7 +7,6 @@ the same inputs give the same bytes.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from coldmerge.core.digests import Content
 from coldmerge.core.documents import Manifest, TensorEntry
 from coldmerge.core.dtypes import blocks, nbytes
-from coldmerge.core.errors import IntegrityError, ResourceError
+from coldmerge.core.errors import IntegrityError
 from coldmerge.core.files import CHUNK_BYTES, PositionalFile
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.merging import Input, Job, Pool
@@ -26,6 +25,7 @@ from coldmerge_coordinator.outer_step import OuterStep
 from coldmerge_coordinator.recipes import outer_of, recipe_of
 from coldmerge_coordinator.sources import Beat, Beating, Blobs
 from coldmerge_coordinator.store.blobs import BlobStore
+from coldmerge_coordinator.store.room import check_room
 from coldmerge_coordinator.store.states import OuterState
 from coldmerge_coordinator.tensor_sink import Stored, TensorSink
 
@@ -85,7 +85,7 @@ def build(blobs: BlobStore, work: Work, beat: Beat) -> Candidate:
     moving = [
         entry for entry in work.base.tensors if entry.name in {*job.names, *step.before.names}
     ]
-    _check_disk(blobs.folder, moving, optimizer)
+    check_room(blobs.folder, _needed(moving, optimizer), "the candidate and its fp32 master")
     for sealed, vector in zip(work.inputs, vectors, strict=True):
         _verify(sealed, vector, beat)
     published, masters = dict(work.base.by_name), dict(work.masters)
@@ -161,18 +161,9 @@ def _merge(
     return stored
 
 
-def _check_disk(folder: Path, moving: Sequence[TensorEntry], optimizer: Outer) -> None:
+def _needed(moving: Sequence[TensorEntry], optimizer: Outer) -> int:
     needed = 0
     for entry in moving:
         needed += nbytes("F32", entry.shape) * (1 + len(optimizer.slots))
         needed += 0 if entry.dtype == "F32" else entry.nbytes
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ResourceError(
-            "merge.disk_too_small",
-            "The coordinator's disk is too small for the candidate and its fp32 master.",
-            expected=f"{needed} bytes free",
-            got=f"{free} bytes",
-            hint="Free some space on the coordinator; the merge then goes on by itself.",
-            folder=folder,
-        )
+    return needed

@@ -27,6 +27,8 @@ SQLITE = "sqlite:///coldmerge.db"
 Address = Annotated[str, Field(pattern=rf"^{ADDRESS}$")]
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,253}$")]
 
+_BLOBS = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9._-]+)*/?|[^\s:]+)$"
+
 
 class Limits(BaseModel):
     """What one contributor may take, and how much of the disk no upload may touch.
@@ -56,11 +58,29 @@ class AuditSettings(BaseModel):
     checkpoint_lifetime: Duration = timedelta(hours=24)
 
 
+class S3Config(BaseModel):
+    """How to reach the S3 server of `blobs: s3://…`.
+
+    Keys come from files that hold nothing else, or from the AWS_* environment variables.
+    Without `endpoint` it is Amazon's, of that region.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    endpoint: str | None = Field(default=None, pattern=r"^https?://[^\s/]+/?$")
+    region: str = Field(default="us-east-1", pattern=r"^[a-z0-9-]{1,64}$")
+    access_key_file: Path | None = None
+    secret_key_file: Path | None = None
+    allow_http: bool = False
+
+
 class CoordinatorConfig(BaseModel):
     """Who we are, where we listen, where the truth is kept.
 
     `hosts` are the names in the server certificate; the first is the one invitations
-    give. A relative SQLite path in `database_url` starts at the coordinator's folder.
+    give. A relative SQLite path in `database_url` starts at the coordinator's folder, and so
+    does a relative path in `blobs`, which may also be `s3://bucket/prefix`; `cache_bytes` is
+    about how much of that is copied below the folder.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +90,9 @@ class CoordinatorConfig(BaseModel):
     enrol_listen: Address = "127.0.0.1:7444"
     hosts: tuple[Host, ...] = Field(default=("localhost",), min_length=1)
     database_url: str = SQLITE
+    blobs: str = Field(default="blobs", pattern=_BLOBS)
+    s3: S3Config = S3Config()
+    cache_bytes: int = Field(default=32 * 2**30, ge=0)
     min_protocol: int = Field(default=1, ge=1)
     limits: Limits = Limits()
     audit: AuditSettings = AuditSettings()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +14,7 @@ from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.digests import Content
 from coldmerge.core.documents import FileEntry, TensorEntry
 from coldmerge.core.dtypes import FLOATS, blocks, nbytes
-from coldmerge.core.errors import CheckpointError, ConfigError, ConflictError, ResourceError
+from coldmerge.core.errors import CheckpointError, ConfigError, ConflictError
 from coldmerge.core.files import CHUNK_BYTES
 from coldmerge.core.header import TensorSpec
 from coldmerge.core.ids import IDENTIFIER_RULE, is_identifier
@@ -32,6 +31,7 @@ from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Model
+from coldmerge_coordinator.store.room import check_room
 from coldmerge_coordinator.tensor_sink import TensorSink
 
 ROOM_BESIDE = 64 * 2**10
@@ -80,7 +80,8 @@ def add_model(
     shared = _shared(checkpoint, private)
     notes = (*_notes(checkpoint, private), *cautions(chosen.merge))
     _check_messages(checkpoint, shared)
-    _check_disk(store.folder, checkpoint)
+    needed = sum(_stored_bytes(spec) for spec in checkpoint.tensors.values())
+    check_room(store.blobs.folder, needed, "this model and its fp32 master")
     total = sum(spec.nbytes for spec in checkpoint.tensors.values())
     advance = Counter("import", total, progress).add
     content, masters = _store_content(store.blobs, checkpoint, advance)
@@ -221,20 +222,6 @@ def _check_messages(checkpoint: Checkpoint, shared: Sequence[str]) -> None:
 def _stored_bytes(spec: TensorSpec) -> int:
     master = nbytes("F32", spec.shape) if spec.dtype in FLOATS and spec.dtype != "F32" else 0
     return spec.nbytes + master
-
-
-def _check_disk(folder: Path, checkpoint: Checkpoint) -> None:
-    needed = sum(_stored_bytes(spec) for spec in checkpoint.tensors.values())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ResourceError(
-            "model.disk_too_small",
-            "The coordinator's disk is too small for this model and its fp32 master.",
-            expected=f"{needed} bytes free",
-            got=f"{free} bytes",
-            hint="Free some space, or move the coordinator's folder to a larger disk.",
-            folder=folder,
-        )
 
 
 def _store_content(

@@ -28,6 +28,7 @@ from coldmerge.core.files import raise_if_full
 from coldmerge.rounds.state import MergeDone, MergeFailed, MergeStarted, State
 from coldmerge_coordinator.candidate import Candidate, Sealed, Work, build
 from coldmerge_coordinator.logs import log_to_stderr
+from coldmerge_coordinator.sources import Beat
 from coldmerge_coordinator.store import Store, contributions, leases, notices, rounds, states
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.leases import Held
@@ -108,7 +109,8 @@ class Worker:
         try:
             with _disk_errors():
                 heart = _Heart(self, round_id, held)
-                candidate = build(self._store.blobs, self._work_of(round_id), heart.beat)
+                work = self._work_of(round_id, heart.beat)
+                candidate = build(self._store.blobs, work, heart.beat)
                 self._finish(round_id, held, candidate)
             logger.info("merge.done", candidate=candidate.content.digest, note=candidate.note)
         except (_Interrupted, UnavailableError) as reason:
@@ -124,22 +126,19 @@ class Worker:
             logger.exception("merge.failed", error=_sentence(error))
             self._fail(round_id, held, error)
 
-    def _work_of(self, round_id: str) -> Work:
+    def _work_of(self, round_id: str, beat: Beat) -> Work:
         with self._store.database.read() as session:
             row = rounds.get(session, round_id)
             base = release_table.get_release(session, row.model, row.base_number)
-            return Work(
-                base=release_table.get_listing(session, base.content_digest),
-                masters=release_table.get_masters(session, base.master_digest),
-                state=states.get_state(session, base.state_digest) if base.state_digest else None,
-                inputs=[
-                    Sealed(
-                        contributions.get_manifest(item), self._store.contributions / item.payload
-                    )
-                    for item in contributions.sealed(session, row)
-                ],
-                policy=rounds.get_policy(row).merge,
-            )
+            content = release_table.get_listing(session, base.content_digest)
+            masters = release_table.get_masters(session, base.master_digest)
+            state = states.get_state(session, base.state_digest) if base.state_digest else None
+            sealed = contributions.sealed(session, row)
+        inputs = [
+            Sealed(contributions.get_manifest(item), self._store.payloads.local(item.payload, beat))
+            for item in sealed
+        ]
+        return Work(content, masters, state, inputs, rounds.get_policy(row).merge)
 
     def _finish(self, round_id: str, held: Held, candidate: Candidate) -> None:
         now = self._clock.now()

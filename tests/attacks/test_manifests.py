@@ -323,7 +323,7 @@ def test_a_round_sealed_in_mid_stream_takes_no_more(live: Live) -> None:
     ("limits", "code"),
     [
         (Limits(max_payload_bytes=100), "upload.too_large"),
-        (Limits(keep_free_bytes=2**60), "upload.disk_too_small"),
+        (Limits(keep_free_bytes=2**60), "disk.too_small"),
     ],
 )
 def test_no_room(live: Live, limits: Limits, code: str) -> None:

@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_next_try_works(tmp_path: Path
     disk = tmp_path / "disk"
     disk.mkdir()
     lines = in_namespace(_SMALL_DISK, str(disk), str(tmp_path / "model"))
-    assert lines == ["model.disk_too_small", "disk.full", "0", "2"]
+    assert lines == ["disk.too_small", "disk.full", "0", "2"]
 
 
 _MEASURE = """

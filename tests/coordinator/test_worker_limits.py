@@ -63,15 +63,15 @@ worker.run_once()
 report("again")
 filler.unlink()
 
-check_disk = candidate._check_disk
+check_room = candidate.check_room
 def late(*arguments):
-    check_disk(*arguments)
+    check_room(*arguments)
     fill(10_000_000)
-candidate._check_disk = late
+candidate.check_room = late
 bench.clock.advance(RETRY_FULL)
 worker.run_once()
 report("within")
-candidate._check_disk = check_disk
+candidate.check_room = check_room
 filler.unlink()
 assert not worker.run_once()
 bench.clock.advance(RETRY_FULL)

@@ -167,8 +167,7 @@ def revoke(
         for invitation in session.scalars(open_invitations):
             invitation.expires_at = min(invitation.expires_at, now)
         taken = _take_back(session, store, contributor, now, actor)
-    for payload in taken:
-        (store.contributions / payload).unlink(missing_ok=True)
+    store.payloads.remove(taken)
     return row
 
 

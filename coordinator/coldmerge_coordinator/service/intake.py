@@ -5,7 +5,6 @@ Everything here blocks; handlers call it on threads.
 
 from __future__ import annotations
 
-import shutil
 import threading
 
 from sqlalchemy import func, select
@@ -15,8 +14,10 @@ from coldmerge.core.clock import Clock
 from coldmerge.core.documents import Manifest, Receipt, Signed, verify
 from coldmerge.core.errors import (
     ColdmergeError,
+    ConfigError,
     ConflictError,
     ResourceError,
+    UnavailableError,
 )
 from coldmerge.rounds import state
 from coldmerge.rounds.state import State
@@ -34,10 +35,8 @@ from coldmerge_coordinator.service.rules import (
 from coldmerge_coordinator.service.uploads import (
     LiveUpload,
     contribution_id,
-    create_part,
-    drop_row,
+    forget,
     header_of,
-    part_path,
     payload_name,
     upload_id,
 )
@@ -50,6 +49,7 @@ from coldmerge_coordinator.store import (
     usage,
 )
 from coldmerge_coordinator.store.models import Contribution, Contributor, Machine, Round, Upload
+from coldmerge_coordinator.store.room import check_room
 
 
 class Intake:
@@ -85,13 +85,12 @@ class Intake:
             self._forget_stale(who)
             with self._room:
                 self._check_room(who, manifest)
-                create_part(self._store, identifier, manifest)
-            try:
                 self._insert(who, manifest, signed)
-            except BaseException:
-                part_path(self._store, identifier).unlink(missing_ok=True)
-                raise
-            return self._open(who, identifier)
+                try:
+                    return self._open(who, identifier)
+                except BaseException:
+                    self._drop(identifier)
+                    raise
 
     def _known(self, who: Caller, manifest: Manifest) -> Contribution | LiveUpload | None:
         digest = manifest.digest()
@@ -153,11 +152,12 @@ class Intake:
     def _drop(self, identifier: str) -> None:
         live = self._live.pop(identifier, None)
         if live is not None:
-            live.discard()
-            return
+            live.close()
         with self._store.database.write() as session:
-            drop_row(session, identifier)
-        part_path(self._store, identifier).unlink(missing_ok=True)
+            row = session.get(Upload, identifier)
+            if row is not None:
+                session.delete(row)
+        forget(self._store, identifier)
 
     def _check_room(self, who: Caller, manifest: Manifest) -> None:
         limits = self._store.config.limits
@@ -173,16 +173,7 @@ class Intake:
                 hint="Finish them with `coldmerge push`; old ones end with their round.",
             )
         needed = manifest.payload_bytes + len(header_of(manifest)) + limits.keep_free_bytes
-        free = shutil.disk_usage(self._store.uploads).free
-        if needed > free:
-            raise ResourceError(
-                "upload.disk_too_small",
-                "The coordinator's disk has no room for this task vector.",
-                expected=f"{needed} bytes free",
-                got=f"{free} bytes",
-                hint="The admin must free some space; the contribution stays in the outbox.",
-                round=manifest.round,
-            )
+        check_room(self._store.uploads, needed, "this task vector")
 
     def _insert(self, who: Caller, manifest: Manifest, signed: Signed) -> None:
         with self._store.database.write() as session:
@@ -217,14 +208,18 @@ class Intake:
 
     def _open(self, who: Caller, identifier: str) -> LiveUpload:
         live = self._live.get(identifier)
-        if live is not None and not live.closed and live.contributor == who.contributor:
+        if live is not None and live.contributor == who.contributor and live.is_current():
             return live
+        if live is not None:
+            live.close()
         with self._store.database.read() as session:
             row = session.get(Upload, identifier)
         if row is None or row.contributor != who.contributor:
             raise unknown(identifier)
         try:
             live = LiveUpload(self._store, self._clock, row)
+        except (UnavailableError, ResourceError, ConfigError):  # what is durable is still there
+            raise
         except ColdmergeError as error:
             self._drop(identifier)
             raise ConflictError(
@@ -257,25 +252,29 @@ class Intake:
         if done is not None:
             return done
         live = self.find(who, identifier)
-        with live.lock:
+        with live.lock, live.exclusive():
             done = self._committed(who, identifier)
             if done is not None:
                 return done
-            norm = live.finish()
-            try:
-                row, replaced = self._count(live, norm)
-            except Exception:
-                # The answer of a commit can be lost: a row that is there must keep its file.
-                done = self._committed(who, identifier)
-                if done is None:
-                    live.unfinish()
-                    raise
-                row, replaced = done, None
+            row, replaced = self._finish(who, live)
             live.close()
         self._live.pop(identifier, None)
+        self._store.payloads.forget(identifier)
         if replaced is not None:
-            (self._store.contributions / replaced.payload).unlink(missing_ok=True)
+            self._store.payloads.remove([replaced.payload])
         return row
+
+    def _finish(self, who: Caller, live: LiveUpload) -> tuple[Contribution, Contribution | None]:
+        norm = live.finish()
+        try:
+            return self._count(live, norm)
+        except Exception:
+            # The answer of a commit can be lost: a row that is there must keep its file.
+            done = self._committed(who, live.id)
+            if done is None:
+                live.unfinish()
+                raise
+            return done, None
 
     def _committed(self, who: Caller, identifier: str) -> Contribution | None:
         counted = contribution_id(identifier.removeprefix("upload-"))
@@ -359,12 +358,16 @@ class Intake:
                 contribution_log.about(session, "contribution.withdrawn", row, who.actor, now)
                 rounds.apply(session, round_, state.Withdrawn(), now, signer, actor=who.actor)
         if row.state == contributions.WITHDRAWN:
-            (self._store.contributions / row.payload).unlink(missing_ok=True)
+            self._store.payloads.remove([row.payload])
         return row
 
     def close(self) -> None:
         """Make what came durable, and give the files back."""
         for live in list(self._live.values()):
-            live.flush()
-            live.close()
+            try:
+                live.flush()
+            except ConflictError:  # another process has gone on with it
+                continue
+            finally:
+                live.close()
         self._live.clear()

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from coldmerge.core.errors import ConfigError, NotFoundError
-from coldmerge.core.files import PositionalFile
 from coldmerge.wire.channel import CHUNK_BYTES
 from coldmerge.wire.v1 import common_pb2, models_pb2, models_pb2_grpc
 from coldmerge_coordinator.auth import caller
@@ -19,6 +18,7 @@ from coldmerge_coordinator.service.messages import (
     release_message,
 )
 from coldmerge_coordinator.store import releases
+from coldmerge_coordinator.store.blobs import Readable
 
 RECHECK_CHUNKS = 8
 
@@ -112,7 +112,7 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
         finally:
             file.close()
 
-    def _open_blob(self, request: models_pb2.ReadBlobRequest) -> PositionalFile:
+    def _open_blob(self, request: models_pb2.ReadBlobRequest) -> Readable:
         with self._store.database.read() as session:
             row = releases.get_blob(session, request.sha256)
         if not 0 <= request.offset <= row.nbytes:
@@ -123,4 +123,4 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
                 got=request.offset,
                 hint="Remove the partial download and start again.",
             )
-        return self._store.blobs.open(row.sha256)
+        return self._store.blobs.stream(row.sha256)

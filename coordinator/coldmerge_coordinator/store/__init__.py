@@ -14,12 +14,16 @@ from coldmerge.core.files import fsync_path, make_folder
 from coldmerge_coordinator import config as settings
 from coldmerge_coordinator.config import CoordinatorConfig
 from coldmerge_coordinator.store.blobs import BlobStore
+from coldmerge_coordinator.store.bucket import Bucket, split_url
+from coldmerge_coordinator.store.cache import Cache
 from coldmerge_coordinator.store.database import HEAD, Database, migrate, schema_revision
+from coldmerge_coordinator.store.payloads import Payloads, S3Payloads
 from coldmerge_coordinator.store.releases import Signer
+from coldmerge_coordinator.store.s3_blobs import S3Blobs
 
 __all__ = ["Database", "Signer", "Store"]
 
-_FOLDERS = ("blobs", "contributions", "uploads")
+_FOLDERS = ("contributions", "uploads")
 
 
 class Store:
@@ -29,6 +33,8 @@ class Store:
     DIR/config.yaml  coldmerge.db  blobs/ab/<sha256>  contributions/<id>.safetensors
         uploads/<id>.part  keys/signing.key
     ```
+
+    Blobs and contributions may be in S3 instead; then `cache/` holds copies.
     """
 
     def __init__(self, folder: Path, config: CoordinatorConfig) -> None:
@@ -36,7 +42,16 @@ class Store:
         self.config = config
         self.database_url = config.database_in(folder)
         self.database = Database(self.database_url, config.federation)
-        self.blobs = BlobStore(folder / "blobs")
+        self.bucket: Bucket | None = None
+        if config.blobs.startswith("s3://"):
+            self.bucket = Bucket(*split_url(config.blobs), config.s3)
+        self.blobs, self.payloads = self._stores()
+
+    def _stores(self) -> tuple[BlobStore, Payloads]:
+        if self.bucket is None:
+            return BlobStore(self.folder / self.config.blobs), Payloads(self.folder)
+        cache = Cache(self.folder / "cache", self.config.cache_bytes)
+        return S3Blobs(self.bucket, cache), S3Payloads(self.folder, self.bucket, cache)
 
     @classmethod
     def create(cls, folder: Path, config: CoordinatorConfig) -> Self:
@@ -63,11 +78,13 @@ class Store:
         """Open a coordinator's folder, and bring its database to this version's schema.
 
         Raises:
-            ConfigError: no coordinator there, or a setting is wrong.
+            ConfigError: no coordinator there, a setting is wrong, or there is no such bucket.
             ConflictError: the database was made by a newer coldmerge.
-            UnavailableError: the database does not answer.
+            UnavailableError: the database or the S3 server does not answer.
         """
         store = cls(folder, settings.load(folder))
+        if store.bucket is not None:
+            store.bucket.check()
         for name in _FOLDERS:
             (folder / name).mkdir(exist_ok=True, mode=0o700)
         fsync_path(folder)  # whoever made one of them may have been killed before this

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,10 @@ from coldmerge.core.errors import IntegrityError, NotFoundError
 from coldmerge.core.files import fsync_path, write_all
 from coldmerge_coordinator.store.bucket import Bucket
 from coldmerge_coordinator.store.cache import PAYLOADS, Cache
+
+
+def _silent() -> None:
+    """Nobody waits to hear that it goes on."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ class Payloads:
     def __init__(self, folder: Path) -> None:
         self.uploads, self.contributions = folder / "uploads", folder / "contributions"
 
-    def local(self, name: str) -> Path:
+    def local(self, name: str, beat: Callable[[], None] = _silent) -> Path:
         """A local file of an admitted task vector; it may be missing."""
+        beat()
         return self.contributions / name
 
     def exists(self, name: str) -> bool:
@@ -83,9 +88,8 @@ class Payloads:
             final.rename(part)
             fsync_path(self.uploads)
 
-    def flush(self, upload: str, fence: int, fd: int, at: int, span: tuple[int, int]) -> None:  # noqa: ARG002
-        """Make the bytes [start, stop) of an upload durable; they begin at `at` of the file."""
-        os.fsync(fd)
+    def put_segment(self, upload: str, fence: int, offset: int, data: bytes) -> None:
+        """Make bytes of an upload durable beyond its local file."""
 
     def restore(self, upload: str, fd: int, at: int, committed: int) -> None:
         """Bring the first `committed` bytes of an upload into its local file."""
@@ -108,8 +112,10 @@ class S3Payloads(Payloads):
         super().__init__(folder)
         self._bucket, self._cache = bucket, cache
 
-    def local(self, name: str) -> Path:
+    def local(self, name: str, beat: Callable[[], None] = _silent) -> Path:
         """A local copy of an admitted task vector, fetched if need be; it may be missing.
+
+        `beat` is called with each MiB.
 
         Raises:
             IntegrityError: the object is shorter than it was.
@@ -118,15 +124,16 @@ class S3Payloads(Payloads):
         try:
             os.utime(path)
         except FileNotFoundError:
-            self._fetch(name, path)
+            self._fetch(name, path, beat)
         return path
 
-    def _fetch(self, name: str, path: Path) -> None:
+    def _fetch(self, name: str, path: Path, beat: Callable[[], None]) -> None:
         partial = path.with_name(f"{name}.{os.getpid()}-{secrets.token_hex(4)}")
         try:
             with partial.open("xb") as file:
                 for data in self._bucket.chunks(_payload(name)):
                     file.write(data)
+                    beat()
             partial.rename(path)
         except NotFoundError:
             return
@@ -164,11 +171,9 @@ class S3Payloads(Payloads):
     def give_back(self, name: str, part: Path) -> None:
         """An object that no row names is an orphan: nothing to undo."""
 
-    def flush(self, upload: str, fence: int, fd: int, at: int, span: tuple[int, int]) -> None:
-        """Make the bytes [start, stop) of an upload durable; they begin at `at` of the file."""
-        start, stop = span
-        data = os.pread(fd, stop - start, at)
-        self._bucket.put(_segment(upload, fence, start), data)
+    def put_segment(self, upload: str, fence: int, offset: int, data: bytes) -> None:
+        """Make bytes of an upload durable beyond its local file."""
+        self._bucket.put(_segment(upload, fence, offset), data)
 
     def restore(self, upload: str, fd: int, at: int, committed: int) -> None:
         """Bring the first `committed` bytes of an upload into its local file.

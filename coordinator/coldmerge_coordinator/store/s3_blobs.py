@@ -8,6 +8,7 @@ ago goes first when it is full.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from coldmerge_coordinator.store.cache import Cache
 READ_AHEAD = 8 * 2**20
 _FRESH = timedelta(hours=1)
 _ATTEMPTS = 3
+_SHARDS = 256
 
 
 class S3Blobs(BlobStore):
@@ -35,6 +37,7 @@ class S3Blobs(BlobStore):
     def __init__(self, bucket: Bucket, cache: Cache) -> None:
         super().__init__(cache.folder)
         self._bucket, self._cache = bucket, cache
+        self._fetching = tuple(threading.Lock() for _ in range(_SHARDS))
 
     def writer(self) -> BlobWriter:
         """A new blob: write its bytes, then commit."""
@@ -63,8 +66,9 @@ class S3Blobs(BlobStore):
         """
         local = super().path(sha256)
         for _ in range(_ATTEMPTS):
-            if not local.exists():
-                self._fetch(sha256)
+            with self._fetching[int(sha256[:2], 16)]:  # the threads of a merge want the same
+                if not local.exists():
+                    self._fetch(sha256)
             try:  # another process may make room in this very moment
                 os.utime(local)
                 return PositionalFile(local)
