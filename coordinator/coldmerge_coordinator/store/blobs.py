@@ -97,17 +97,23 @@ class BlobWriter:
         return sha256, self.nbytes
 
     def _place(self, final: Path) -> None:
-        if not final.exists() or final.stat().st_size != self.nbytes:
+        if not self._is_there(final):
             os.fsync(self._fd)
             final.parent.mkdir(exist_ok=True)
             self._temporary.rename(final)
-        else:  # nobody may need it yet: it is as good as new to whoever collects old ones
-            os.utime(final)
         fsync_path(final.parent)
         if final.parent.name not in self._synced:
             # Whoever made the folder may have been killed before it was durable.
             fsync_path(self._folder)
             self._synced.add(final.parent.name)
+
+    def _is_there(self, final: Path) -> bool:
+        """Whether the bytes are stored; from now on they are as good as new to a collection."""
+        try:
+            os.utime(final)
+            return final.stat().st_size == self.nbytes
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Drop what was not committed."""

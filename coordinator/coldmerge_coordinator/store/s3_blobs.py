@@ -41,7 +41,7 @@ class S3Blobs(BlobStore):
 
     def writer(self) -> BlobWriter:
         """A new blob: write its bytes, then commit."""
-        return _S3Writer(self.folder, self._bucket, self._cache)
+        return _S3Writer(self.folder, self._synced, self._bucket, self._cache)
 
     def path(self, sha256: str) -> Path:
         """A local copy of a blob, fetched if need be; where it would be if there is no such blob.
@@ -87,7 +87,7 @@ class S3Blobs(BlobStore):
         return RemoteBlob(self._bucket, found.key, found.size)
 
     def _fetch(self, sha256: str) -> None:
-        with BlobWriter(self.folder) as writer:
+        with super().writer() as writer:
             try:
                 for data in self._bucket.chunks(_key(sha256)):
                     writer.write(data)
@@ -122,8 +122,8 @@ class S3Blobs(BlobStore):
 
 
 class _S3Writer(BlobWriter):
-    def __init__(self, folder: Path, bucket: Bucket, cache: Cache) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, synced: set[str], bucket: Bucket, cache: Cache) -> None:
+        super().__init__(folder, synced)
         self._bucket, self._cache = bucket, cache
 
     def _place(self, final: Path) -> None:
