@@ -321,7 +321,7 @@ def deltas(seed: int = 1) -> dict[str, Array]:
 
 def make_coordinator(folder: Path, tensors: Mapping[str, Array] | None = None) -> Path:
     """A coordinator's folder with one model, on free ports."""
-    listen = {"listen": "127.0.0.1:0", "enrol_listen": "127.0.0.1:0"}
+    listen: dict[str, Any] = {"listen": "127.0.0.1:0", "enrol_listen": "127.0.0.1:0"}
     setup.init(folder, federation="test", **listen, **coordinator_config())
     source = write_model(folder.parent / f"{folder.name}-source", tensors or model_tensors())
     with Store.open(folder) as store:

@@ -40,10 +40,12 @@ def init(
     enrol_listen: str = "127.0.0.1:7444",
     database_url: str = SQLITE,
     clock: Clock | None = None,
+    **settings: object,
 ) -> Made:
     """Make a coordinator in `folder`, which must be new or empty.
 
-    `federation` defaults to the folder's name. `config.yaml` is written last: a folder
+    `federation` defaults to the folder's name; `settings` are further keys of
+    `config.yaml`, which is written last: a folder
     without it holds no coordinator.
 
     Raises:
@@ -63,6 +65,7 @@ def init(
         listen=listen,
         enrol_listen=enrol_listen,
         database_url=database_url,
+        **settings,
     )
     for part in ("", "keys", "offline", "ca"):
         make_folder(folder / part)

@@ -64,7 +64,7 @@ class Bench:
         """Admit a task vector as the service would: the contribution's id."""
         contribution = f"contribution-{secrets.token_hex(8)}"
         row = self.round(round_id)
-        path = self.store.contributions / f"{contribution}.safetensors"
+        name = f"{contribution}.safetensors"
         entries = [
             TensorSpec(key, DTYPES[array.dtype], array.shape, 0, array.nbytes)
             for key, array in sorted(deltas.items())
@@ -80,8 +80,8 @@ class Bench:
             statistics=statistics,
         )
         parts = [bytes(as_bytes(np.ascontiguousarray(a))) for _, a in sorted(deltas.items())]
-        path.write_bytes(header + b"".join(parts))
-        vector = TaskVector.open(path)
+        self.store.payloads.add(name, header + b"".join(parts))
+        vector = TaskVector.open(self.store.payloads.local(name))
         manifest = Manifest(
             federation=self.store.federation,
             model=row.model,
@@ -99,10 +99,10 @@ class Bench:
             examples=examples,
             norm=vector.norm(),
         )
-        self._admit(contribution, row, manifest, path)
+        self._admit(contribution, row, manifest, name)
         return contribution
 
-    def _admit(self, contribution: str, row: Round, manifest: Manifest, path: Path) -> None:
+    def _admit(self, contribution: str, row: Round, manifest: Manifest, payload: str) -> None:
         now = self.clock.now()
         with self.store.database.write() as session:
             if session.get(Contributor, manifest.contributor) is None:
@@ -120,7 +120,7 @@ class Bench:
                     nonce=manifest.nonce,
                     manifest=manifest.canonical(),
                     signature=b"",
-                    payload=path.name,
+                    payload=payload,
                     payload_bytes=manifest.payload_bytes,
                     examples=manifest.examples,
                     norm=manifest.norm,
