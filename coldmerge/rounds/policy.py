@@ -28,6 +28,7 @@ from coldmerge.core import yaml_file
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.validation import first_problem
 from coldmerge.rounds.statistics import statistics_for
+from coldmerge.screening.policy import ScreeningPolicy
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(?:[1-9][0-9]{0,8}[smhd])+")
@@ -165,6 +166,7 @@ class RoundPolicy(_Frozen):
     on_quorum_missed: Literal["abandon", "extend"] = "abandon"
     second_contribution: Literal["replace", "refuse"] = "replace"
     merge: MergePolicy = MergePolicy()
+    screening: ScreeningPolicy = ScreeningPolicy()
     gate: GatePolicy | None = GatePolicy()
     webhook: str | None = Field(default=None, pattern=r"^https?://\S+$", max_length=2000)
     mode: Literal["screened"] = "screened"

@@ -7,6 +7,7 @@ the same inputs give the same bytes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,12 @@ from coldmerge.merging import Input, Job, Pool
 from coldmerge.merging.outer import Outer
 from coldmerge.merging.pool import processors
 from coldmerge.rounds.policy import MergePolicy
-from coldmerge_coordinator.outer_step import OuterStep
+from coldmerge.rounds.statistics import statistics_for
+from coldmerge.screening.report import Inner
+from coldmerge.screening.scaled import Vector, scaled
+from coldmerge.screening.shares import BOUNDED, Shares, bounded_shares
+from coldmerge_coordinator.likeness import Likeness
+from coldmerge_coordinator.outer_step import OuterStep, Place
 from coldmerge_coordinator.recipes import outer_of, recipe_of
 from coldmerge_coordinator.sources import Beat, Beating, Blobs
 from coldmerge_coordinator.store.blobs import BlobStore
@@ -35,34 +41,40 @@ MAX_THREADS = 16
 
 @dataclass(frozen=True)
 class Sealed:
-    """One frozen input: its manifest and its task vector file."""
+    """One frozen input: its manifest, its task vector file, and what that is multiplied by."""
 
     manifest: Manifest
     payload: Path
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class Work:
-    """All that a merge depends on: the base release with masters and state, inputs, recipe."""
+    """All that a merge depends on: the base release with masters and state, inputs, recipe.
+
+    `most_statistics`: how many times the median a contributor's statistics may be.
+    """
 
     base: Content
     masters: Mapping[str, str]
     state: OuterState | None
     inputs: Sequence[Sealed]
     policy: MergePolicy
+    most_statistics: float | None = None
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A merged release, durable in the blobs and not yet in the database.
 
-    `note`: what an admin should know of the merge.
+    `note`: what an admin should know of the merge. `inner`: how alike its inputs were.
     """
 
     content: Content
     masters: dict[str, str]
     state: OuterState | None
     note: str | None
+    inner: Inner | None = None
 
 
 def build(blobs: BlobStore, work: Work, beat: Beat) -> Candidate:
@@ -80,32 +92,49 @@ def build(blobs: BlobStore, work: Work, beat: Beat) -> Candidate:
     """
     vectors = [TaskVector.open(sealed.payload) for sealed in work.inputs]
     optimizer = outer_of(work.policy)
-    job = _job(blobs, work, vectors, beat)
     step = OuterStep(blobs, optimizer, work.state)
-    moving = [
-        entry for entry in work.base.tensors if entry.name in {*job.names, *step.before.names}
-    ]
+    moved = frozenset(step.before.names).union(*(vector.names for vector in vectors))
+    moving = [entry for entry in work.base.tensors if entry.name in moved]
     check_room(blobs.folder, _needed(moving, optimizer), "the candidate and its fp32 master")
     for sealed, vector in zip(work.inputs, vectors, strict=True):
         _verify(sealed, vector, beat)
     published, masters = dict(work.base.by_name), dict(work.masters)
     with Pool(min(processors(), MAX_THREADS)) as pool:
+        job = _job(blobs, work, _bounded(work, vectors, pool, beat))
+        likeness = Likeness(job.inputs)
         job.survey(pool)
         for entry in moving:
-            stored = _merge(blobs, job, step, pool, entry, masters[entry.name], beat)
+            stored = _merge(
+                blobs, Place(job, pool, likeness), step, entry, masters[entry.name], beat
+            )
             published[entry.name] = entry.model_copy(update={"sha256": stored.published})
             masters[entry.name] = stored.master
     content = Content(tuple(published.values()), work.base.files)
-    return Candidate(content, masters, step.after(), step.note)
+    return Candidate(content, masters, step.after(), step.note, likeness.inner())
 
 
-def _job(blobs: BlobStore, work: Work, vectors: Sequence[TaskVector], beat: Beat) -> Job:
+def _bounded(work: Work, vectors: Sequence[TaskVector], pool: Pool, beat: Beat) -> list[Vector]:
+    """The task vectors within the bounds of the round's screening, in the order of the inputs."""
+    watched = [Beating(vector, beat) for vector in vectors]
+    shares: list[Shares] = [{} for _ in watched]
+    asked = statistics_for(work.policy) & BOUNDED
+    most = work.most_statistics or math.inf
+    for kind in sorted(asked) if most < math.inf else ():
+        found = bounded_shares(watched, kind, most, pool.spread)
+        for own, more in zip(shares, found, strict=True):
+            own |= more
+    return [
+        scaled(vector, sealed.factor, share)
+        for sealed, vector, share in zip(work.inputs, watched, shares, strict=True)
+    ]
+
+
+def _job(blobs: BlobStore, work: Work, vectors: Sequence[Vector]) -> Job:
     """The merge of the published tensors, in the order of the manifests' digests."""
     inputs = []
     for sealed, vector in zip(work.inputs, vectors, strict=True):
         weight = float(sealed.manifest.examples) if work.policy.weights == "examples" else 1.0
-        key = sealed.manifest.digest()
-        inputs.append(Input(key, Beating(vector, beat), weight, sealed.manifest.contributor))
+        inputs.append(Input(sealed.manifest.digest(), vector, weight, sealed.manifest.contributor))
     inputs.sort(key=lambda item: item.key)
     recipe = recipe_of(work.policy, [item.weight for item in inputs])
     entries = [work.base.by_name[name] for name in work.masters]
@@ -143,16 +172,15 @@ def _corrupt(sealed: Sealed, where: str) -> IntegrityError:
 
 def _merge(
     blobs: BlobStore,
-    job: Job,
+    place: Place,
     step: OuterStep,
-    pool: Pool,
     entry: TensorEntry,
     master: str,
     beat: Beat,
 ) -> Stored:
     """Merge one tensor into its blobs, and its slots into theirs."""
     with TensorSink(blobs, entry.name, entry.dtype) as sink, step.tensor(entry, master) as moved:
-        for theta in moved.blocks(job, pool):
+        for theta in moved.blocks(place):
             sink.write(theta)
             beat()
         stored = sink.commit()

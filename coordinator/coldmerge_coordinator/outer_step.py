@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -13,11 +14,21 @@ from coldmerge.core.documents import TensorEntry
 from coldmerge.core.dtypes import BLOCK, Floats32, Floats64, as_bytes, blocks, size
 from coldmerge.merging import Block, Job, Pool
 from coldmerge.merging.outer import Outer
+from coldmerge_coordinator.likeness import Likeness
 from coldmerge_coordinator.store.blobs import BlobStore, BlobWriter
 from coldmerge_coordinator.store.states import OuterState
 
 Moved = tuple[Floats32, dict[str, Floats32]]
 """A block of the new weights, and of every new slot."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a merge happens: what it computes, on which threads, and who looks on."""
+
+    job: Job
+    pool: Pool
+    likeness: Likeness
 
 
 class OuterStep:
@@ -69,23 +80,28 @@ class TensorStep:
             slot: self._open.enter_context(step.blobs.writer()) for slot in step.optimizer.slots
         }
 
-    def blocks(self, job: Job, pool: Pool) -> Iterator[Floats32]:
+    def blocks(self, place: Place) -> Iterator[Floats32]:
         """Blocks of the new weights from the first to the last; the slots are written beside.
 
         Raises:
             TaskVectorError: a result is NaN or infinite.
         """
-        moved = self._merged(job, pool) if self._entry.name in job.names else self._untouched()
+        touched = self._entry.name in place.job.names
+        moved = self._merged(place) if touched else self._untouched()
         for theta, slots in moved:
             for slot, values in slots.items():
                 self._writers[slot].write(as_bytes(values))
             yield theta
 
-    def _merged(self, job: Job, pool: Pool) -> Iterator[Moved]:
-        def move(block: Block, facts: Any) -> Moved:
-            return self._move(block.start, block.stop, job.delta(block, facts))
+    def _merged(self, place: Place) -> Iterator[Moved]:
+        def move(block: Block, facts: Any) -> tuple[Floats64 | None, Moved]:
+            delta = place.job.delta(block, facts)
+            inner = place.likeness.of(block, delta)
+            return inner, self._move(block.start, block.stop, delta)
 
-        return job.in_order(self._entry.name, pool, move)
+        for inner, moved in place.job.in_order(self._entry.name, place.pool, move):
+            place.likeness.add(inner)
+            yield moved
 
     def _untouched(self) -> Iterator[Moved]:
         """No contribution touches it, and what the optimizer remembers goes on."""

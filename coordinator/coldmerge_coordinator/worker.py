@@ -29,7 +29,15 @@ from coldmerge.rounds.state import MergeDone, MergeFailed, MergeStarted, State
 from coldmerge_coordinator.candidate import Candidate, Sealed, Work, build
 from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.sources import Beat
-from coldmerge_coordinator.store import Store, contributions, leases, notices, rounds, states
+from coldmerge_coordinator.store import (
+    Store,
+    contributions,
+    leases,
+    notices,
+    rounds,
+    screening,
+    states,
+)
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.leases import Held
 
@@ -134,11 +142,17 @@ class Worker:
             masters = release_table.get_masters(session, base.master_digest)
             state = states.get_state(session, base.state_digest) if base.state_digest else None
             sealed = contributions.sealed(session, row)
+            factors = screening.factors_of(session, sealed)
         inputs = [
-            Sealed(contributions.get_manifest(item), self._store.payloads.local(item.payload, beat))
+            Sealed(
+                contributions.get_manifest(item),
+                self._store.payloads.local(item.payload, beat),
+                factors[item.manifest_digest],
+            )
             for item in sealed
         ]
-        return Work(content, masters, state, inputs, rounds.get_policy(row).merge)
+        policy = rounds.get_policy(row)
+        return Work(content, masters, state, inputs, policy.merge, policy.screening.statistics)
 
     def _finish(self, round_id: str, held: Held, candidate: Candidate) -> None:
         now = self._clock.now()
@@ -149,6 +163,7 @@ class Worker:
             if candidate.state is not None:
                 state = states.add_state(session, candidate.state, candidate.content, now)
             row = rounds.get(session, round_id, lock=True)
+            screening.note_likeness(session, row, candidate.inner)
             done = MergeDone(*digests, candidate_state=state, note=candidate.note)
             rounds.apply(session, row, done, now, self._store.signer)
             leases.release(session, held, now)

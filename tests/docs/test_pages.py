@@ -15,6 +15,7 @@ import yaml
 from coldmerge import __version__
 from coldmerge.cli.app import app
 from coldmerge.rounds.policy import GatePolicy, MergePolicy, RoundTemplate, Schedule, load_yaml
+from coldmerge.screening.policy import ScreeningPolicy
 from coldmerge_client.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,13 @@ def test_the_sample_round_is_a_valid_template() -> None:
 
 @pytest.mark.parametrize(
     ("prefix", "policy"),
-    [("", RoundTemplate), ("gate.", GatePolicy), ("merge.", MergePolicy), ("schedule.", Schedule)],
+    [
+        ("", RoundTemplate),
+        ("gate.", GatePolicy),
+        ("merge.", MergePolicy),
+        ("schedule.", Schedule),
+        ("screening.", ScreeningPolicy),
+    ],
 )
 def test_every_policy_key_is_documented(prefix: str, policy: type[RoundTemplate]) -> None:
     page = (DOCS / "rounds.md").read_text()

@@ -22,7 +22,14 @@ from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import Effect, Event, RoundView, State
 from coldmerge_coordinator.actors import COORDINATOR
 from coldmerge_coordinator.recipes import resolved
-from coldmerge_coordinator.store import contributions, notices, releases, round_log, trials
+from coldmerge_coordinator.store import (
+    contributions,
+    notices,
+    releases,
+    round_log,
+    screening,
+    trials,
+)
 from coldmerge_coordinator.store.models import Contributor, Evaluation, Release, Round
 from coldmerge_coordinator.store.releases import Recipe, Signer
 
@@ -170,6 +177,7 @@ def open_round(
         base_digest=base.content_digest,
         policy=policy.to_json(),
         probe_seed=secrets.randbelow(2**31),
+        screening=screening.opening(session, base, policy.screening),
         trial=0,
         opened_at=now,
         closes_at=opened.closes_at,
@@ -261,9 +269,9 @@ def _store(session: Session, row: Round, after: RoundView, now: datetime) -> Non
 
 def _carry_out(session: Session, row: Round, effect: Effect, now: datetime, signer: Signer) -> None:
     if isinstance(effect, state.FreezeInputs):
-        row.sealed_inputs = [
-            item.manifest_digest for item in contributions.admitted(session, row.id)
-        ]
+        inputs = contributions.admitted(session, row.id)
+        row.sealed_inputs = [item.manifest_digest for item in inputs]
+        row.screening = screening.sealing(row, inputs, get_policy(row).screening)
     elif isinstance(effect, state.Publish):
         row.release_number = _publish(session, row, effect.flags, now, signer).number
         trials.mark(session, row)
@@ -289,7 +297,7 @@ def _publish(
         row.candidate_digest,
         row.candidate_master,
         now,
-        recipe=recipe(get_policy(row)) | trials.note(row),
+        recipe=recipe(get_policy(row), row) | trials.note(row),
         state_digest=row.candidate_state,
         parents=(row.base_digest,),
         round_id=row.id,
@@ -298,14 +306,14 @@ def _publish(
     )
 
 
-def recipe(policy: RoundPolicy) -> Recipe:
+def recipe(policy: RoundPolicy, row: Round) -> Recipe:
     """What a release record says about how a round merged."""
     merge = policy.merge
     found: Recipe = {"method": merge.method, "weights": merge.weights, "mode": policy.mode}
     found |= {f"parameters.{key}": value for key, value in merge.parameters.items()}
     if merge.outer["method"] != "none":
         found |= {f"outer.{key}": value for key, value in merge.outer.items()}
-    return found
+    return found | screening.in_recipe(row, policy)
 
 
 def record_evaluation(

@@ -167,7 +167,13 @@ def test_publishing_is_one_transaction(
     assert record.master_digest == row.candidate_master
     assert record.parents == (row.base_digest,)
     assert list(record.contributions) == row.sealed_inputs
-    assert record.recipe == {"method": "mean", "weights": "uniform", "mode": "screened"}
+    assert record.recipe == {
+        "method": "mean",
+        "weights": "uniform",
+        "mode": "screened",
+        "screening.clip": 2.0,
+        "screening.reference_norm": 1.0,
+    }
     assert (record.round, record.flags) == (row.id, ("ungated",))
 
 
