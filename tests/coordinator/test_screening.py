@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from coldmerge.core.documents import Statistic
@@ -12,7 +13,9 @@ from coldmerge_coordinator.store import releases
 from coldmerge_coordinator.worker import run_once
 
 if TYPE_CHECKING:
-    from tests.coordinator.conftest import Array, Bench
+    from tests.coordinator.conftest import Bench
+
+Array = npt.NDArray[np.float32]
 
 ROWS, COLUMNS = 30, 100
 FISHER: dict[Statistic, float] = {"fisher": 100.0}
@@ -43,7 +46,7 @@ def screened(bench: Bench, round_id: str) -> dict[str, Any]:
     return found
 
 
-def moved(bench: Bench) -> Array:
+def moved(bench: Bench) -> npt.NDArray[np.float64]:
     """What the last round added to the master of `w`."""
     last = bench.release().number
     after, before = (bench.masters(bench.release(number))["w"] for number in (last, last - 1))
