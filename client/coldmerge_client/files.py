@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from coldmerge.core.errors import ConflictError, IntegrityError, ResourceError
-from coldmerge.core.files import fsync_path, raise_if_full
+from coldmerge.core.files import fsync_path, make_folder, raise_if_full
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace `path` by `data` in one durable step; nobody but the owner reads it by default."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:

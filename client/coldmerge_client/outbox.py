@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from coldmerge.core.documents import Manifest, Receipt, Signed, verify
 from coldmerge.core.errors import IntegrityError, NotFoundError
-from coldmerge.core.files import fsync_path
+from coldmerge.core.files import fsync_path, make_folder
 from coldmerge.core.ids import new_id
 from coldmerge_client.files import read_json, write_atomic, write_json
 from coldmerge_client.home import Home
@@ -68,7 +68,7 @@ class Outbox:
     def draft(self) -> Path:
         """A fresh folder to build an entry in; `commit` makes it an entry."""
         folder = self._folder / f".draft-{new_id('contribution')}"
-        folder.mkdir(parents=True, mode=0o700)
+        make_folder(folder)
         return folder
 
     def commit(
@@ -96,6 +96,7 @@ class Outbox:
         final = self._folder / draft.name.removeprefix(".draft-")
         draft.rename(final)
         fsync_path(self._folder)
+        fsync_path(self._folder.parent)  # whoever made the outbox may have been killed
         return self.get(final.name)
 
     def tidy(self) -> None:

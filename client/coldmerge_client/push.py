@@ -14,6 +14,7 @@ from coldmerge.core.documents import Receipt, Signed, verify
 from coldmerge.core.errors import (
     ConflictError,
     IntegrityError,
+    NotFoundError,
     PermissionDeniedError,
     UnavailableError,
 )
@@ -31,7 +32,7 @@ from coldmerge_client.prepare import Facts, Leaving, check_policy, describe, ope
 from coldmerge_client.session import Session
 
 _MAX_STALLED = 5
-_MOVED = frozenset({"upload.lost", "upload.superseded", "upload.wrong_offset"})
+_MOVED = frozenset({"upload.lost", "upload.superseded", "upload.unknown", "upload.wrong_offset"})
 
 Approve = Callable[[Leaving], bool]
 """Shown exactly what would leave; False keeps it home."""
@@ -146,7 +147,7 @@ def _upload(session: Session, entry: OutboxEntry, progress: Progress) -> Signed:
             if left:
                 session.write(_chunks(entry, begun, progress), left)
             return signed_from_proto(session.commit(begun.upload_id))
-        except (UnavailableError, ConflictError) as error:
+        except (UnavailableError, ConflictError, NotFoundError) as error:
             moved = isinstance(error, UnavailableError) or error.code in _MOVED
             if not moved or stalled >= _MAX_STALLED:
                 raise

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from coldmerge.core.checkpoint import Checkpoint
+from coldmerge.core.documents import Signed
 from coldmerge.core.errors import (
     ConflictError,
     DataError,
@@ -398,3 +401,30 @@ def test_bf16_is_rounded_to_nearest(
     delta = tuned_tensors(base_tensors(), 3)["body.small"] - base
     stored = TaskVector.open(entry.payload).block("body.small", 0, 16)
     assert np.array_equal(stored, delta.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_an_upload_that_the_coordinator_dropped_is_begun_again(
+    opened: common_pb2.Round,
+    session: Session,
+    coordinator: Coordinator,
+    tuned: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Others' calls drop the uploads of rounds that have ended; this one's round has not."""
+    begun: list[str] = []
+
+    def begin(self: Session, manifest: Signed) -> contributions_pb2.BeginResponse:
+        answer = ask(self, manifest)
+        if not begun:
+            coordinator.stop(signal.SIGKILL)
+            with closing(sqlite3.connect(coordinator.folder / "coldmerge.db")) as database:
+                database.execute("DELETE FROM upload")
+                database.commit()
+            coordinator.start()
+        begun.append(answer.upload_id)
+        return answer
+
+    ask = Session.begin
+    monkeypatch.setattr(Session, "begin", begin)
+    assert push(session, "m", tuned, FACTS, base=0).receipt is not None
+    assert len(begun) > 1

@@ -41,6 +41,7 @@ from coldmerge_client.session import Session
 MODEL = "m"
 ITEMS = 40
 PIECE = 2**15
+AGAIN = ("upload.lost", "upload.superseded", "upload.unknown", "upload.wrong_offset")
 BAD_BELOW = 0x18
 """Candidates whose digest begins with less are judged bad by everybody."""
 
@@ -211,10 +212,10 @@ class Member:
         assert self._pending is not None
         try:
             signed = self._offered(self._pending)
-        except ConflictError as error:
+        except (ConflictError, NotFoundError) as error:
             if error.code == "round.not_open":
                 self._pending = None
-            elif error.code not in ("upload.lost", "upload.superseded", "upload.wrong_offset"):
+            elif error.code not in AGAIN:
                 raise
             return
         if signed is not None:
