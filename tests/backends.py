@@ -8,7 +8,7 @@ tests run on each: `coordinator_config` for those that make one in this process,
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,3 +133,17 @@ def copy_coordinator(folder: Path, target: Path) -> None:
     if config.database_url.startswith("postgresql"):
         copied = chosen.copy_database(config.database_url)
         settings.save(config.model_copy(update={"database_url": copied}), target)
+
+
+def replica(folder: Path, target: Path, *, ports: Sequence[int] = (0, 0)) -> Path:
+    """Another folder of the same coordinator: its database, keys and files, its own addresses."""
+    config = settings.load(folder)
+    target.mkdir(mode=0o700)
+    for name in ("keys", "ca"):
+        shutil.copytree(folder / name, target / name)
+    for name in ("blobs", "contributions", "uploads"):
+        (target / name).symlink_to(folder / name)
+    api, enrol = (f"127.0.0.1:{port}" for port in ports)
+    values = {"database_url": config.database_in(folder), "listen": api, "enrol_listen": enrol}
+    settings.save(config.model_copy(update=values), target)
+    return target

@@ -229,33 +229,8 @@ class MachineClient:
         self, round_: Round, deltas: Mapping[str, Array], **changes: Any
     ) -> tuple[Manifest, bytes]:
         """A manifest over `deltas` and the payload that goes with it."""
-        arrays = {name: np.ascontiguousarray(deltas[name]) for name in sorted(deltas)}
-        parts = {name: bytes(as_bytes(array)) for name, array in arrays.items()}
-        fields: dict[str, Any] = {
-            "federation": self.live.store.federation,
-            "model": round_.model,
-            "round": round_.id,
-            "contributor": self.contributor,
-            "base_digest": round_.base_digest,
-            "base_number": round_.base_number,
-            "nonce": secrets.token_hex(16),
-            "created_at": self.live.clock.now(),
-            "kind": "full",
-            "encoding": "fp32",
-            "tensors": tuple(
-                TensorEntry(
-                    name=name,
-                    dtype=DTYPES[array.dtype],
-                    shape=array.shape,
-                    sha256=hashlib.sha256(parts[name]).hexdigest(),
-                    nbytes=array.nbytes,
-                )
-                for name, array in arrays.items()
-            ),
-            "examples": 100,
-            "norm": 1.0,
-        }
-        return Manifest(**{**fields, **changes}), b"".join(parts.values())
+        whose = {"federation": self.live.store.federation, "contributor": self.contributor}
+        return make_manifest(round_, deltas, self.live.clock.now(), **{**whose, **changes})
 
     def sign(self, manifest: Manifest) -> Signed:
         return sign(manifest, self.keys.identity)
@@ -301,6 +276,37 @@ class MachineClient:
 
     def collect(self, method: Any, request: object) -> list[Any]:
         return list(server_stream(method, request, deadline=30))
+
+
+def make_manifest(
+    round_: Round, deltas: Mapping[str, Array], now: datetime, **changes: Any
+) -> tuple[Manifest, bytes]:
+    """A manifest over `deltas` and its payload; `changes` name federation and contributor."""
+    arrays = {name: np.ascontiguousarray(deltas[name]) for name in sorted(deltas)}
+    parts = {name: bytes(as_bytes(array)) for name, array in arrays.items()}
+    fields: dict[str, Any] = {
+        "model": round_.model,
+        "round": round_.id,
+        "base_digest": round_.base_digest,
+        "base_number": round_.base_number,
+        "nonce": secrets.token_hex(16),
+        "created_at": now,
+        "kind": "full",
+        "encoding": "fp32",
+        "tensors": tuple(
+            TensorEntry(
+                name=name,
+                dtype=DTYPES[array.dtype],
+                shape=array.shape,
+                sha256=hashlib.sha256(parts[name]).hexdigest(),
+                nbytes=array.nbytes,
+            )
+            for name, array in arrays.items()
+        ),
+        "examples": 100,
+        "norm": 1.0,
+    }
+    return Manifest(**{**fields, **changes}), b"".join(parts.values())
 
 
 def chunk(upload_id: str, offset: int, data: bytes) -> contributions_pb2.WriteRequest:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from sqlalchemy.exc import IntegrityError
+
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.digests import Content
@@ -274,7 +276,11 @@ def _publish(
     with store.database.write() as session:
         if session.get(Model, model.name) is not None:
             raise _exists(model.name)
-        session.add(model)
+        try:
+            with session.begin_nested():
+                session.add(model)
+        except IntegrityError as error:  # another has added it this instant
+            raise _exists(model.name) from error
         digests = release_table.add_content(session, content, masters, now)
         audit.append(
             session,

@@ -184,6 +184,7 @@ class Worker:
         self._store.blobs.sweep((now - STALE).timestamp())
         reason = f"the merge waits: {error.message}"
         with self._store.database.write() as session:
+            leases.check(session, held)
             leases.release(session, held, now)
             row = rounds.get(session, round_id, lock=True)
             if row.state != State.MERGING or row.reason == reason:

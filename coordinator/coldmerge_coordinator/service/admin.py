@@ -19,7 +19,14 @@ from coldmerge.wire.invitation import token_digest
 from coldmerge_coordinator import audit
 from coldmerge_coordinator.actors import LOCAL_ADMIN
 from coldmerge_coordinator.auth import ROLES
-from coldmerge_coordinator.store import Store, contribution_log, contributions, releases, rounds
+from coldmerge_coordinator.store import (
+    Store,
+    contribution_log,
+    contributions,
+    people,
+    releases,
+    rounds,
+)
 from coldmerge_coordinator.store.models import Contributor, Invitation, Machine, Release, Round
 
 SHORTEST_TTL = timedelta(seconds=1)
@@ -55,11 +62,8 @@ def invite(
     token = secrets.token_urlsafe(32)
     expires_at = now + ttl
     with store.database.write() as session:
-        row = session.get(Contributor, contributor)
-        if row is None:
-            session.add(Contributor(name=contributor, role=role, created_at=now))
-            session.flush()
-        elif row.role != role:
+        row = people.hold(session, contributor) or people.make(session, contributor, role, now)
+        if row.role != role:
             raise ConflictError(
                 "invite.other_role",
                 f"{contributor} takes part in another role.",
@@ -68,7 +72,7 @@ def invite(
                 hint=f"Invite it with --role {row.role}, or another name for the other role.",
                 contributor=contributor,
             )
-        elif row.revoked_at is not None:
+        if row.revoked_at is not None:
             for machine in machines_of(session, contributor):
                 machine.revoked_at = machine.revoked_at or row.revoked_at
             row.revoked_at, row.revoked_reason = None, None
@@ -144,8 +148,8 @@ def revoke(
         NotFoundError: no such organization or machine.
     """
     with store.database.write() as session:
-        row = session.get(Contributor, contributor)
-        found = session.get(Machine, (contributor, machine)) if machine else None
+        row = people.hold(session, contributor)
+        found = people.hold_machine(session, contributor, machine) if machine else None
         if row is None or (machine and found is None):
             raise NotFoundError(
                 "contributor.unknown",
@@ -164,7 +168,7 @@ def revoke(
         open_invitations = select(Invitation).where(
             Invitation.contributor == contributor, Invitation.used_at.is_(None)
         )
-        for invitation in session.scalars(open_invitations):
+        for invitation in session.scalars(open_invitations.with_for_update()):
             invitation.expires_at = min(invitation.expires_at, now)
         taken = _take_back(session, store, contributor, now, actor)
     store.payloads.remove(taken)
@@ -175,7 +179,8 @@ def _take_back(
     session: Session, store: Store, contributor: str, now: datetime, actor: str
 ) -> list[str]:
     taken = []
-    for round_ in rounds.active_rounds(session):
+    for active in rounds.active_rounds(session):
+        round_ = rounds.get(session, active.id, lock=True)
         found = contributions.admitted_of(session, round_.id, contributor)
         if found is not None and round_.state == state.State.OPEN:
             found.state = contributions.WITHDRAWN

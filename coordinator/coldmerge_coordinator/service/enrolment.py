@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,6 +13,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from coldmerge.core.errors import (
@@ -28,6 +31,7 @@ from coldmerge_coordinator import audit
 from coldmerge_coordinator.auth import refuse_revoked
 from coldmerge_coordinator.identity import Authority, Issued, identity_fingerprint, read_csr
 from coldmerge_coordinator.service.backend import Backend
+from coldmerge_coordinator.store import people
 from coldmerge_coordinator.store.models import Contributor, Invitation, Machine
 
 CLOCK_TOLERANCE = timedelta(minutes=5)
@@ -52,9 +56,9 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         _check_proof(request.identity_public_key, request.proof, message)
         csr = read_csr(request.csr_der)
         _check_machine_name(request.machine)
-        with self._store.database.write() as session:
+        with _one_machine_per_key(request), self._store.database.write() as session:
             invitation = _find_invitation(session, request.token)
-            contributor = session.get_one(Contributor, invitation.contributor)
+            contributor = session.get_one(Contributor, invitation.contributor)  # held
             machine = self._admit(session, invitation, contributor, request)
             issued = self._issue(csr, machine)
             role = contributor.role
@@ -176,11 +180,13 @@ def _log_enrolment(session: Session, machine: Machine, now: datetime) -> None:
 
 
 def _find_invitation(session: Session, token: str) -> Invitation:
-    query = select(Invitation).where(Invitation.token_sha256 == token_digest(token).hex())
-    found = session.scalars(query.with_for_update()).one_or_none()
-    if found is None:
+    """The invitation, held, and with it the organization that it is for."""
+    digest = token_digest(token).hex()
+    known = session.get(Invitation, digest)
+    if known is None:
         raise _bad_invitation("is unknown here")
-    return found
+    people.hold(session, known.contributor)
+    return session.get_one(Invitation, digest, **people.HOLD)
 
 
 def _bad_invitation(what: str) -> UnauthenticatedError:
@@ -219,9 +225,22 @@ def _refuse_known_key(session: Session, key: bytes) -> None:
         select(Machine).where(Machine.identity_public_key == key).limit(1)
     ).one_or_none()
     if known is not None:
-        raise ConflictError(
-            "enrolment.known_key",
-            "A machine with this identity key is, or was, enrolled.",
-            got=f"key {hashlib.sha256(key).hexdigest()[:16]}",
-            hint="Join with a new home folder (COLDMERGE_HOME): it makes new keys.",
-        )
+        raise _known_key(key)
+
+
+@contextmanager
+def _one_machine_per_key(request: enrolment_pb2.EnrolRequest) -> Iterator[None]:
+    """Say so when another call has enrolled the same key this instant."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise _known_key(request.identity_public_key) from error
+
+
+def _known_key(key: bytes) -> ConflictError:
+    return ConflictError(
+        "enrolment.known_key",
+        "A machine with this identity key is, or was, enrolled.",
+        got=f"key {hashlib.sha256(key).hexdigest()[:16]}",
+        hint="Join with a new home folder (COLDMERGE_HOME): it makes new keys.",
+    )

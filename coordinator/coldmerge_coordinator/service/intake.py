@@ -44,11 +44,12 @@ from coldmerge_coordinator.store import (
     Store,
     contribution_log,
     contributions,
+    people,
     releases,
     rounds,
     usage,
 )
-from coldmerge_coordinator.store.models import Contribution, Contributor, Machine, Round, Upload
+from coldmerge_coordinator.store.models import Contribution, Round, Upload
 from coldmerge_coordinator.store.room import check_room
 
 
@@ -85,7 +86,9 @@ class Intake:
             self._forget_stale(who)
             with self._room:
                 self._check_room(who, manifest)
-                self._insert(who, manifest, signed)
+                if not self._insert(who, manifest, signed):
+                    # Another replica has begun it this instant, or even counted it.
+                    return self._known(who, manifest) or self._open(who, identifier)
                 try:
                     return self._open(who, identifier)
                 except BaseException:
@@ -159,25 +162,35 @@ class Intake:
                 session.delete(row)
         forget(self._store, identifier)
 
-    def _check_room(self, who: Caller, manifest: Manifest) -> None:
-        limits = self._store.config.limits
-        with self._store.database.read() as session:
-            counted = select(func.count()).where(Upload.contributor == who.contributor)
-            count = session.scalar(counted) or 0
-        if count >= limits.max_open_uploads:
+    def _check_count(self, session: Session, who: Caller) -> None:
+        most = self._store.config.limits.max_open_uploads
+        counted = select(func.count()).where(Upload.contributor == who.contributor)
+        count = session.scalar(counted) or 0
+        if count >= most:
             raise ResourceError(
                 "upload.too_many",
                 f"{who.contributor} has too many open uploads.",
-                expected=f"at most {limits.max_open_uploads}",
+                expected=f"at most {most}",
                 got=count,
                 hint="Finish them with `coldmerge push`; old ones end with their round.",
             )
+
+    def _check_room(self, who: Caller, manifest: Manifest) -> None:
+        limits = self._store.config.limits
+        with self._store.database.read() as session:
+            self._check_count(session, who)
         needed = manifest.payload_bytes + len(header_of(manifest)) + limits.keep_free_bytes
         check_room(self._store.uploads, needed, "this task vector")
 
-    def _insert(self, who: Caller, manifest: Manifest, signed: Signed) -> None:
+    def _insert(self, who: Caller, manifest: Manifest, signed: Signed) -> bool:
+        """Whether the upload is new; False: another replica has the manifest already."""
+        digest = manifest.digest()
         with self._store.database.write() as session:
+            people.hold(session, who.contributor)  # so that replicas count one after the other
             check_open(rounds.get(session, manifest.round, lock=True))
+            if session.get(Upload, upload_id(digest)) or contributions.by_manifest(session, digest):
+                return False
+            self._check_count(session, who)
             check_nonce(session, manifest)
             most = self._store.config.limits.bytes_per_day
             usage.charge(session, who.contributor, manifest.payload_bytes, most, self._clock.now())
@@ -195,6 +208,7 @@ class Intake:
                     created_at=self._clock.now(),
                 )
             )
+            return True
 
     def find(self, who: Caller, identifier: str) -> LiveUpload:
         """One of the caller's open uploads.
@@ -285,12 +299,9 @@ class Intake:
     def _count(self, live: LiveUpload, norm: float) -> tuple[Contribution, Contribution | None]:
         now, signer = self._clock.now(), self._store.signer
         with self._store.database.write() as session:
+            refuse_revoked(*people.share(session, live.contributor, live.machine))
             row = rounds.get(session, live.round, lock=True)
             check_open(row)
-            refuse_revoked(
-                session.get_one(Contributor, live.contributor),
-                session.get_one(Machine, (live.contributor, live.machine)),
-            )
             older = check_second(session, row, live.contributor)
             if older is not None:
                 older.state = contributions.REPLACED
@@ -351,10 +362,11 @@ class Intake:
             row = session.get(Contribution, identifier)
             if row is None or row.contributor != who.contributor:
                 raise not_yours(identifier)
+            round_ = rounds.get(session, row.round, lock=True)
+            session.refresh(row)  # nobody replaces it while its round is locked
             if row.state == contributions.ADMITTED:
                 row.state = contributions.WITHDRAWN
                 session.flush()
-                round_ = rounds.get(session, row.round, lock=True)
                 contribution_log.about(session, "contribution.withdrawn", row, who.actor, now)
                 rounds.apply(session, round_, state.Withdrawn(), now, signer, actor=who.actor)
         if row.state == contributions.WITHDRAWN:

@@ -91,6 +91,8 @@ class Machine(Base):
     revoked_at: Mapped[datetime | None]
     revoked_reason: Mapped[str | None]
 
+    __table_args__ = (Index("one_machine_per_key", "identity_public_key", unique=True),)
+
 
 class Invitation(Base):
     """A one-time invitation: only the token's sha256 is kept."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import select
+from sqlalchemy import select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from coldmerge.core import dtypes
@@ -17,9 +19,11 @@ from coldmerge.core.errors import ConflictError, NotFoundError
 from coldmerge_coordinator import audit
 from coldmerge_coordinator.actors import LOCAL_ADMIN
 from coldmerge_coordinator.store import models
-from coldmerge_coordinator.store.models import Blob, Master, Model, Release, Round
+from coldmerge_coordinator.store.models import Base, Blob, Master, Model, Release, Round
 
 Recipe = dict[str, str | int | float | bool | None]
+AT_ONCE = 1000
+"""Values in one statement: databases have limits."""
 
 
 @dataclass(frozen=True)
@@ -217,24 +221,31 @@ def add_content(
         if sha256 not in sizes
     }
     register(session, private, public=False, now=now)
-    if session.get(models.Content, content.digest) is None:
-        row = models.Content(digest=content.digest, listing=content.to_json(), created_at=now)
-        session.add(row)
+    row = {"digest": content.digest, "listing": content.to_json(), "created_at": now}
+    insert_missing(session, models.Content, [row])
     digest = master_digest(masters)
-    if session.get(Master, digest) is None:
-        session.add(Master(digest=digest, tensors=dict(sorted(masters.items())), created_at=now))
-    session.flush()
+    tensors = dict(sorted(masters.items()))
+    insert_missing(session, Master, [{"digest": digest, "tensors": tensors, "created_at": now}])
     return content.digest, digest
 
 
 def register(session: Session, sizes: Mapping[str, int], *, public: bool, now: datetime) -> None:
     """Write down blobs that are durable: sha256 → length. What is public stays public."""
-    for sha256 in sorted(sizes):
-        known = session.get(Blob, sha256)
-        if known is None:
-            session.add(Blob(sha256=sha256, nbytes=sizes[sha256], public=public, created_at=now))
-        elif public and not known.public:
-            known.public = True
+    digests = sorted(sizes)
+    new = {"public": public, "created_at": now}
+    insert_missing(session, Blob, [{"sha256": d, "nbytes": sizes[d], **new} for d in digests])
+    for start in range(0, len(digests) if public else 0, AT_ONCE):
+        part = digests[start : start + AT_ONCE]
+        hidden = update(Blob).where(Blob.sha256.in_(part), Blob.public.is_(False))
+        session.execute(hidden.values(public=True))
+
+
+def insert_missing(session: Session, table: type[Base], rows: list[dict[str, Any]]) -> None:
+    """Insert the rows whose primary key is not there yet, whoever inserts them meanwhile."""
+    if rows:
+        dialect = session.get_bind().dialect.name
+        insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+        session.execute(insert(table).on_conflict_do_nothing(), rows)
 
 
 def publish(

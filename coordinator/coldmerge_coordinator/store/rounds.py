@@ -41,7 +41,10 @@ def get(session: Session, round_id: str, *, lock: bool = False) -> Round:
         NotFoundError: there is none of that id.
     """
     query = select(Round).where(Round.id == round_id)
-    row = session.scalars(query.with_for_update() if lock else query).one_or_none()
+    if lock:
+        # As it is once the lock is ours, whatever this transaction has read before.
+        query = query.with_for_update().execution_options(populate_existing=True)
+    row = session.scalars(query).one_or_none()
     if row is None:
         raise NotFoundError(
             "round.unknown",

@@ -15,7 +15,7 @@ from coldmerge.core.digests import Content
 from coldmerge.core.errors import NotFoundError
 from coldmerge.core.merkle import merkle_root
 from coldmerge_coordinator.store import models
-from coldmerge_coordinator.store.releases import register
+from coldmerge_coordinator.store.releases import insert_missing, register
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,8 @@ def add_state(session: Session, state: OuterState, content: Content, now: dateti
         for name, sha256 in tensors.items()
     }
     register(session, sizes, public=False, now=now)
-    if session.get(models.OuterState, state.digest) is None:
-        row = models.OuterState(digest=state.digest, document=asdict(state), created_at=now)
-        session.add(row)
-        session.flush()
+    row = {"digest": state.digest, "document": asdict(state), "created_at": now}
+    insert_missing(session, models.OuterState, [row])
     return state.digest
 
 

@@ -38,6 +38,7 @@ def upgrade() -> None:
     """Apply."""
     for table, column in _columns():
         op.add_column(table, column)
+    op.create_index("one_machine_per_key", "machine", ["identity_public_key"], unique=True)
     _rebuild_evaluation(trials=True)
     op.create_table(
         "audit_head",
@@ -144,5 +145,6 @@ def downgrade() -> None:
         op.drop_table(table)
     op.execute("DELETE FROM evaluation WHERE trial <> 0")
     _rebuild_evaluation(trials=False)
+    op.drop_index("one_machine_per_key", "machine")
     for table, column in reversed(_columns()):
         op.drop_column(table, column.name)
