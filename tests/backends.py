@@ -142,7 +142,8 @@ def replica(folder: Path, target: Path, *, ports: Sequence[int] = (0, 0)) -> Pat
     for name in ("keys", "ca"):
         shutil.copytree(folder / name, target / name)
     for name in ("blobs", "contributions", "uploads"):
-        (target / name).symlink_to(folder / name)
+        if (folder / name).is_dir():
+            (target / name).symlink_to(folder / name)
     api, enrol = (f"127.0.0.1:{port}" for port in ports)
     values = {"database_url": config.database_in(folder), "listen": api, "enrol_listen": enrol}
     settings.save(config.model_copy(update=values), target)
