@@ -35,6 +35,7 @@ pytestmark = [
 HABITS = {"a": ["send", "take back", "send"], "b": ["send", "send"], "c": ["send"]}
 ELEMENTS = 2000
 SEED = 3
+PATIENCE = 120.0
 
 
 @dataclass
@@ -57,7 +58,9 @@ class Stage:
         members = [Member(home, ledger, SEED, HABITS[home.path.name[-1]]) for home in self.homes]
         try:
             host.start(unless=hit.is_set)
+            patience = time.monotonic() + PATIENCE
             while not self._finished(members):
+                assert time.monotonic() < patience, f"the round stands still; killed at step {at}"
                 if hit.is_set() and host.zygote is traced:
                     self._again()
         finally:

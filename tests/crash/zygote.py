@@ -18,6 +18,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,14 @@ def _work(folder: Path) -> None:
 def _fork(run: Callable[[Path], None], request: dict[str, Any]) -> int:
     pid = os.fork()
     if pid:
+        # Here as well as in the child: who comes next may want to join the group at once.
+        with suppress(OSError):
+            os.setpgid(pid, request.get("group", 0))
         return pid
     status = 1
     try:
-        os.setpgid(0, request.get("group", 0))
+        with suppress(OSError):
+            os.setpgid(0, request.get("group", 0))
         for number, path in ((0, os.devnull), (1, request["log"]), (2, request["log"])):
             fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
             os.dup2(fd, number)
