@@ -171,6 +171,11 @@ def renewal_due(home: Home, now: datetime) -> bool:
     return end - now < max((end - start) / 3, timedelta(0))
 
 
+def still_holds(home: Home, now: datetime) -> bool:
+    """Whether there is a certificate, and it has not expired."""
+    return home.certificate.exists() and now < validity(home)[1]
+
+
 def _refuse_second(home: Home) -> None:
     if home.joined:
         member = home.membership()

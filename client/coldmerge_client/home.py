@@ -3,6 +3,7 @@
     federation.json   where the coordinator is and who we are there
     root.pem          the federation's root certificate: the only one trusted
     keys/             tls.key and identity.key, made here, readable by the owner alone
+    signing-keys.json statements about the coordinator's signing keys
     certificate.pem   our certificate chain, renewed by itself
     state.json        the newest release seen per model; the head of the sent log
     sent.jsonl        signed log of everything that ever left
@@ -30,7 +31,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from coldmerge.core.documents import Signed
 from coldmerge.core.errors import ConfigError, IntegrityError
+from coldmerge.core.keys import Keyring
 from coldmerge_client.files import exclusive, read_json, write_json
 
 
@@ -176,6 +179,28 @@ class Home:
     def save_membership(self, membership: Membership) -> None:
         """Written last when joining: its presence means joined."""
         write_json(self.path / "federation.json", asdict(membership))
+
+    def keyring(self, member: Membership | None = None) -> Keyring:
+        """The coordinator's signing keys that are believed here, from the one we were told on.
+
+        Raises:
+            ConfigError: this home has not joined a federation.
+        """
+        member = member or self.membership()
+        path = self.path / "signing-keys.json"
+        known = read_json(path)["statements"] if path.exists() else ()
+        said = (
+            Signed(bytes.fromhex(one["document"]), bytes.fromhex(one["signature"])) for one in known
+        )
+        return Keyring(member.federation, member.signing_key, said)
+
+    def save_keyring(self, keyring: Keyring) -> None:
+        """Remember what led to the keys of `keyring`."""
+        said = [
+            {"document": one.document.hex(), "signature": one.signature.hex()}
+            for one in keyring.statements
+        ]
+        write_json(self.path / "signing-keys.json", {"statements": said})
 
     def root(self) -> bytes:
         """The root certificate in PEM.

@@ -134,8 +134,7 @@ class Outbox:
     def _receipt(self, folder: Path) -> Receipt | None:
         if not (folder / "receipt.json").exists():
             return None
-        key = self._home.membership().verifier()
-        return verify(_read_signed(folder, "receipt"), Receipt, key)
+        return self._home.keyring().verify(_read_signed(folder, "receipt"), Receipt)
 
     def entries(self, model: str | None = None) -> tuple[OutboxEntry, ...]:
         """All entries, oldest first."""

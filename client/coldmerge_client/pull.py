@@ -73,7 +73,7 @@ def pull(
         UnavailableError: the coordinator stayed away for the session's timeout.
     """
     release = session.release(model, number)
-    record = checked_record(release, model, session.member)
+    record = checked_record(release, model, session)
     if number is not None and record.number != number:
         raise _another(release, f"release {number}", f"release {record.number}")
     check_not_older(session, model, record, allow_older=allow_older)
@@ -143,7 +143,8 @@ def _assemble(
     sizes = _sizes(content)
     cache = session.home.cache / "blobs"
     signed = signed_from_proto(release.record) if release.record.document else None
-    about = render_release_file(signed, session.member.signing_key, content)
+    key = session.home.keyring().signer_of(signed) if signed else None
+    about = render_release_file(signed, key or session.member.signing_key, content)
     for left in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
         shutil.rmtree(left, ignore_errors=True)
     while True:

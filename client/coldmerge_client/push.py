@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from coldmerge.core.documents import Receipt, Signed, verify
+from coldmerge.core.documents import Receipt, Signed
 from coldmerge.core.errors import (
     ConflictError,
     IntegrityError,
@@ -171,7 +171,7 @@ def _chunks(
 
 
 def _checked_receipt(session: Session, entry: OutboxEntry, signed: Signed) -> Receipt:
-    receipt = verify(signed, Receipt, session.member.verifier())
+    receipt = session.verify(signed, Receipt)
     manifest = entry.manifest
     said = (receipt.federation, receipt.round, receipt.contributor, receipt.manifest_digest)
     sent = (manifest.federation, manifest.round, manifest.contributor, manifest.digest())

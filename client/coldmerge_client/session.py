@@ -2,7 +2,8 @@
 
 Unary calls are retried while the coordinator is away, at most `timeout` seconds, and
 then end with UnavailableError. The certificate is renewed by itself, also when it has
-expired, and the channel rebuilt with it.
+expired, and the channel rebuilt with it; while the old one holds, a renewal that fails stops
+nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from typing import Any, Self, TypeVar
 
 import grpc
 
 from coldmerge.core.clock import Clock, SystemClock
-from coldmerge.core.documents import Signed
+from coldmerge.core.documents import Document, Signed
 from coldmerge.core.errors import (
+    ColdmergeError,
     ConfigError,
     NotFoundError,
     UnauthenticatedError,
@@ -25,7 +28,7 @@ from coldmerge.core.errors import (
 )
 from coldmerge.wire.calls import OnRetry, call, client_stream, server_stream, with_patience
 from coldmerge.wire.channel import secure_channel
-from coldmerge.wire.convert import signed_to_proto
+from coldmerge.wire.convert import signed_from_proto, signed_to_proto
 from coldmerge.wire.v1 import (
     common_pb2,
     contributions_pb2,
@@ -35,16 +38,19 @@ from coldmerge.wire.v1 import (
     rounds_pb2,
     rounds_pb2_grpc,
 )
-from coldmerge_client.enrol import renew, renewal_due
+from coldmerge_client.enrol import renew, renewal_due, still_holds
 from coldmerge_client.files import exclusive
 from coldmerge_client.home import Home, Membership
 
 TIMEOUT = 60.0
+RENEWAL_PATIENCE = 5.0
+RENEW_AGAIN = timedelta(minutes=5)
 HISTORY_SECONDS = 120.0
 SLOWEST_BYTES_PER_SECOND = 16 * 1024
 _BETWEEN_WATCHES = 0.5
 
 _Answer = TypeVar("_Answer")
+_Document = TypeVar("_Document", bound=Document)
 
 
 def transfer_deadline(nbytes: int) -> float:
@@ -61,6 +67,8 @@ class Session:
         self.timeout = timeout
         self.clock = clock
         self.on_retry: OnRetry | None = None
+        self.on_warning: Callable[[ColdmergeError], None] | None = None
+        self._renew_after = datetime.min.replace(tzinfo=UTC)
         self._lock = threading.RLock()
         self._channel: grpc.Channel | None = None
         self._chain = b""
@@ -98,15 +106,30 @@ class Session:
 
     def _connected(self) -> grpc.Channel:
         with self._lock:
-            if self._channel is None or renewal_due(self.home, self.clock.now()):
+            if renewal_due(self.home, self.clock.now()):
                 self._renew_if_due()
+            if self._channel is None or self._on_disk() != self._chain:
                 self._rebuild()
             return self._channel
 
     def _renew_if_due(self) -> None:
+        """Renew. While the old certificate holds, work goes on if that fails; and later, again."""
         with exclusive(self.home.lock("certificate"), "the certificate", wait=True):
-            if renewal_due(self.home, self.clock.now()):
-                renew(self.home, clock=self.clock, patience=self.timeout, on_retry=self.on_retry)
+            now = self.clock.now()
+            if not renewal_due(self.home, now):
+                return
+            holds = still_holds(self.home, now)
+            if holds and now < self._renew_after:
+                return
+            patience = min(self.timeout, RENEWAL_PATIENCE) if holds else self.timeout
+            try:
+                renew(self.home, clock=self.clock, patience=patience, on_retry=self.on_retry)
+            except ColdmergeError as error:
+                if not holds:
+                    raise
+                self._renew_after = now + RENEW_AGAIN
+                if self.on_warning is not None:
+                    self.on_warning(error)
 
     def _rebuild(self) -> None:
         """A new channel. Calls of other threads end on the old one, which is closed with them."""
@@ -162,6 +185,20 @@ class Session:
                 on_retry=self.on_retry,
             )
         )
+
+    def verify(self, signed: Signed, kind: type[_Document]) -> _Document:
+        """Check the coordinator's signature, with a key that it announced since if need be.
+
+        Raises:
+            ManifestError: no key that is believed here signed it.
+            IntegrityError: the coordinator's keys contradict each other.
+        """
+        keyring = self.home.keyring(self.member)
+        if keyring.signer_of(signed) is None:
+            answer = self._ask(self._models, "ListKeys", models_pb2.ListKeysRequest())
+            keyring.extend(signed_from_proto(said) for said in answer.keys)
+            self.home.save_keyring(keyring)
+        return keyring.verify(signed, kind)
 
     def models(self) -> tuple[models_pb2.Model, ...]:
         """The models of the federation."""

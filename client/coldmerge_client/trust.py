@@ -6,27 +6,27 @@ import re
 
 from coldmerge.core.checkpoint import RELEASE_FILES
 from coldmerge.core.digests import Content
-from coldmerge.core.documents import ReleaseRecord, verify
+from coldmerge.core.documents import ReleaseRecord
 from coldmerge.core.dtypes import NUMPY, nbytes
 from coldmerge.core.errors import IntegrityError
 from coldmerge.wire.convert import content_of, signed_from_proto
 from coldmerge.wire.v1 import models_pb2
-from coldmerge_client.home import Membership, Seen
+from coldmerge_client.home import Seen
 from coldmerge_client.session import Session
 
 _HINT = "Do not use this release; ask the coordinator's admin what happened."
 
 
-def checked_record(release: models_pb2.Release, model: str, member: Membership) -> ReleaseRecord:
+def checked_record(release: models_pb2.Release, model: str, session: Session) -> ReleaseRecord:
     """The signed record of a published release, fitting the message it came in.
 
     Raises:
         ManifestError: the signature is not the coordinator's.
         IntegrityError: the record is about another release.
     """
-    record = verify(signed_from_proto(release.record), ReleaseRecord, member.verifier())
+    record = session.verify(signed_from_proto(release.record), ReleaseRecord)
     said = (record.federation, record.model, record.number, record.content_digest)
-    asked = (member.federation, model, release.number, release.content_digest)
+    asked = (session.member.federation, model, release.number, release.content_digest)
     if said != asked:
         raise IntegrityError(
             "release.wrong_record",
@@ -113,7 +113,7 @@ def _check_chain(session: Session, model: str, seen: Seen, record: ReleaseRecord
     digest = seen.record_digest
     if record.number > seen.number + 1:
         for release in session.releases_between(model, seen.number, record.number):
-            step = checked_record(release, model, session.member)
+            step = checked_record(release, model, session)
             digest = step.digest() if step.previous_record == digest else ""
     reached = record.digest() if record.number == seen.number else record.previous_record
     if reached != digest:

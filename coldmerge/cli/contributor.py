@@ -73,7 +73,7 @@ def home_at(folder: Path | None) -> Home:
 @contextmanager
 def session_at(folder: Path | None, timeout: float) -> Iterator[Session]:
     """An authenticated session; waiting for a coordinator that is away is said."""
-    from coldmerge.core.errors import UnavailableError
+    from coldmerge.core.errors import ColdmergeError, UnavailableError
     from coldmerge_client.session import Session
 
     def told(error: UnavailableError, wait: float) -> None:
@@ -81,7 +81,15 @@ def session_at(folder: Path | None, timeout: float) -> Iterator[Session]:
             f"[yellow]{error.message}[/yellow] Trying again in {wait:.1f} s.", highlight=False
         )
 
+    def warned(error: ColdmergeError) -> None:
+        err.print(
+            f"[yellow]The certificate could not be renewed yet:[/yellow] {error.message} "
+            "The old one still holds; trying again in a few minutes.",
+            highlight=False,
+        )
+
     with Session.open(home_at(folder), timeout=timeout, on_retry=told) as session:
+        session.on_warning = warned
         yield session
 
 

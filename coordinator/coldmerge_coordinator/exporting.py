@@ -15,7 +15,7 @@ from coldmerge.core.errors import IntegrityError
 from coldmerge.core.progress import Advance, Counter, Progress, silent
 from coldmerge.core.release_file import RELEASE_FILE, render_release_file
 from coldmerge.report.model_card import CardFacts, model_card
-from coldmerge_coordinator.store import Store, rounds
+from coldmerge_coordinator.store import Store, keys, rounds
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Round
@@ -73,10 +73,17 @@ def export(
         files = {file.path: _checked(store.blobs, file) for file in content.files}
         for path, data in files.items():
             writer.write_file(path, data)
-        key = store.signer.key.public_key().public_bytes_raw().hex()
+        key = _signing_key(store, release.signed)
         writer.write_file(RELEASE_FILE, render_release_file(release.signed, key, content))
         writer.write_file(CARD, _card(release, files.get("config.json")).encode())
     return Exported(release.record.number, content.digest, total)
+
+
+def _signing_key(store: Store, record: Signed) -> str:
+    """The key that signed a record: there may have been others since."""
+    signer = store.signer
+    with store.database.read() as session:
+        return keys.keyring(session, signer).signer_of(record) or signer.public_key
 
 
 def _load(store: Store, model: str, number: int | None) -> _Release:

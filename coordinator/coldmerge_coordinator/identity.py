@@ -162,7 +162,10 @@ def identity_fingerprint(public_key: bytes) -> str:
 
 
 class Authority:
-    """The online half of the CA: issues what lives at most a day."""
+    """The online half of the CA: issues what lives at most a day.
+
+    One that was opened from a folder follows a rotation of the intermediate there.
+    """
 
     def __init__(
         self,
@@ -174,6 +177,8 @@ class Authority:
         self.federation = federation
         self._key = key
         self._certificate = certificate
+        self._folder: Path | None = None
+        self._written = 0.0
         self.root_pem = root.public_bytes(Encoding.PEM)
         self.fingerprint = root.fingerprint(hashes.SHA256()).hex()
 
@@ -185,9 +190,10 @@ class Authority:
             ConfigError: a file is missing or unreadable.
         """
         try:
-            key = load_pem_private_key((folder / INTERMEDIATE_KEY).read_bytes(), None)
+            written = (folder / INTERMEDIATE).stat().st_mtime
             certificate = x509.load_pem_x509_certificate((folder / INTERMEDIATE).read_bytes())
             root = x509.load_pem_x509_certificate((folder / ROOT).read_bytes())
+            key = _intermediate_key(folder, certificate)
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 "identity.unreadable",
@@ -195,13 +201,26 @@ class Authority:
                 expected=f"{INTERMEDIATE_KEY}, {INTERMEDIATE} and {ROOT}",
                 hint="Restore them from a backup; `coldmerge coordinator init` makes new ones.",
             ) from error
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ConfigError(
-                "identity.wrong_key",
-                f"{folder / INTERMEDIATE_KEY} is not an elliptic curve key.",
-                hint="Restore it from a backup.",
-            )
-        return cls(federation, key, certificate, root)
+        opened = cls(federation, key, certificate, root)
+        opened._folder, opened._written = folder, written
+        return opened
+
+    def refresh(self) -> bool:
+        """Take over a new intermediate, if there is one; whether there was.
+
+        Files that cannot be read change nothing: the intermediate at hand is still good.
+        """
+        if self._folder is None:
+            return False
+        try:
+            if (self._folder / INTERMEDIATE).stat().st_mtime == self._written:
+                return False
+            found = Authority.open(self._folder, self.federation)
+        except (OSError, ConfigError):
+            return False
+        self._key, self._certificate = found._key, found._certificate
+        self._written = found._written
+        return True
 
     def issue_server(self, hosts: Sequence[str], now: datetime) -> tuple[bytes, Issued]:
         """A server key in PEM and its certificate for `hosts` and loopback."""
@@ -230,6 +249,7 @@ class Authority:
         lifetime: timedelta = LEAF_LIFETIME,
     ) -> Issued:
         """A certificate for a machine. Only the public key is taken from the request."""
+        self.refresh()
         public_key = csr.public_key()
         if not isinstance(public_key, ec.EllipticCurvePublicKey):
             raise _bad_csr("its key is not an elliptic curve key")
@@ -268,6 +288,31 @@ class Authority:
         return Issued(
             chain, format(certificate.serial_number, "x"), certificate.not_valid_after_utc
         )
+
+
+def _intermediate_key(folder: Path, certificate: x509.Certificate) -> ec.EllipticCurvePrivateKey:
+    """The key of the intermediate: after a rotation that was cut short it has not moved yet.
+
+    Raises:
+        OSError, ValueError, TypeError: there is none, or of another certificate.
+        ConfigError: it is of another kind.
+    """
+    for path in (folder / INTERMEDIATE_KEY, next_path(folder / INTERMEDIATE_KEY)):
+        key = load_pem_private_key(path.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ConfigError(
+                "identity.wrong_key",
+                f"{path} is not an elliptic curve key.",
+                hint="Restore it from a backup.",
+            )
+        if key.public_key() == certificate.public_key():
+            return key
+    raise ValueError(f"no key fits {INTERMEDIATE}")
+
+
+def next_path(path: Path) -> Path:
+    """Where a new key waits until what speaks for it is durable."""
+    return path.with_name(f"{path.name}.next")
 
 
 def read_csr(der: bytes) -> x509.CertificateSigningRequest:

@@ -42,7 +42,9 @@ GRACE_SECONDS = 3.0
 
 
 class ServerCertificate:
-    """The coordinator's own certificate, made anew when a third of its life is left."""
+    """The coordinator's own certificate, made anew when a third of its life is left, and when
+    there is a new intermediate. Connections that are open stay as they are.
+    """
 
     def __init__(self, authority: Authority, hosts: tuple[str, ...], clock: Clock) -> None:
         self._authority, self._hosts, self._clock = authority, hosts, clock
@@ -59,7 +61,7 @@ class ServerCertificate:
     def fetch(self) -> Any:
         """What gRPC asks at every handshake: a new configuration, or None for the old one."""
         with self._lock:
-            if self._clock.now() < self._renew_at:
+            if not self._authority.refresh() and self._clock.now() < self._renew_at:
                 return None
             self._configuration = self._issue()
             return self._configuration

@@ -2,12 +2,21 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from coldmerge.core.errors import ConfigError, NotFoundError, UnavailableError
+from coldmerge.core.errors import (
+    ColdmergeError,
+    ConfigError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnavailableError,
+)
 from coldmerge.wire.v1 import common_pb2
+from coldmerge_client import enrol
 from coldmerge_client.home import Home
 from coldmerge_client.session import Session
 from tests.client.conftest import Coordinator
@@ -85,3 +94,42 @@ def test_two_sessions_of_one_home_share_a_renewed_certificate(
     with Session.open(session.home) as second:
         second.models()
     assert session.models()
+
+
+class Later:
+    """The machine's clock, some time ahead."""
+
+    def __init__(self, by: timedelta) -> None:
+        self.by = by
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.by
+
+
+def test_a_renewal_that_fails_stops_nothing_while_the_certificate_holds(
+    coordinator: Coordinator, tmp_path: Path
+) -> None:
+    home = coordinator.join(tmp_path / "home")
+    member = home.membership()
+    home.save_membership(replace(member, enrol="localhost:1"))
+    clock = Later(timedelta(hours=20))
+    warnings: list[ColdmergeError] = []
+    with Session.open(home, timeout=0.5, clock=clock) as session:
+        session.on_warning = warnings.append
+        assert session.models()
+        assert session.models()
+        assert [type(warning) for warning in warnings] == [UnavailableError]
+        clock.by += timedelta(minutes=6)
+        assert session.models()
+        assert len(warnings) == 2
+        home.save_membership(member)
+        before = home.certificate.read_bytes()
+    with Session.open(home, timeout=5, clock=Later(timedelta(hours=20))) as session:
+        with pytest.raises(PermissionDeniedError):  # this clock is too far ahead to renew
+            enrol.renew(home, clock=clock)
+        assert session.models()
+    assert home.certificate.read_bytes() == before
+    home.save_membership(replace(member, enrol="localhost:1"))
+    expired = Session.open(home, timeout=0.5, clock=Later(timedelta(hours=25)))
+    with expired as session, pytest.raises(UnavailableError):
+        session.models()

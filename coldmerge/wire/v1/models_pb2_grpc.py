@@ -101,7 +101,8 @@ class ModelsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListKeys(self, request, context):
-        """The coordinator's signing keys, oldest first: each statement is signed by the key before.
+        """The coordinator's signing keys, oldest first: each statement is signed by the key before,
+        and then all of them again by the newest key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -162,6 +162,7 @@ def revoke(
         audit.append(session, kind, actor, now, ids=ids, detail={"reason": reason})
         if found is not None:
             found.revoked_at = found.revoked_at or now
+            found.revoked_reason = reason[:500] or found.revoked_reason
             return row
         row.revoked_at = row.revoked_at or now
         row.revoked_reason = reason[:500] or row.revoked_reason

@@ -110,7 +110,7 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
             session.add(machine)
         machine.identity_public_key = key
         machine.enrolled_at = now
-        machine.revoked_at = None
+        machine.revoked_at = machine.revoked_reason = None
         _log_enrolment(session, machine, now)
         return machine
 

@@ -152,6 +152,7 @@ def contributor_message(session: Session, row: Contributor) -> admin_pb2.Contrib
         revoked=row.revoked_at is not None,
         machines=[_machine_message(machine) for machine in machines_of(session, row.name)],
         contributions=sent or 0,
+        revoked_reason=row.revoked_reason or "",
     )
 
 
@@ -161,6 +162,7 @@ def _machine_message(row: Machine) -> admin_pb2.Machine:
         enrolled_at=timestamp(row.enrolled_at),
         client_version=row.client_version or "",
         revoked=row.revoked_at is not None,
+        revoked_reason=row.revoked_reason or "",
     )
     if row.last_seen_at is not None:
         message.last_seen_at.CopyFrom(timestamp(row.last_seen_at))

@@ -9,6 +9,7 @@ from typing import Any
 
 from coldmerge.core.errors import ConfigError, NotFoundError
 from coldmerge.wire.channel import CHUNK_BYTES
+from coldmerge.wire.convert import signed_to_proto
 from coldmerge.wire.v1 import common_pb2, models_pb2, models_pb2_grpc
 from coldmerge_coordinator.auth import caller
 from coldmerge_coordinator.service.backend import Backend
@@ -17,7 +18,7 @@ from coldmerge_coordinator.service.messages import (
     model_message,
     release_message,
 )
-from coldmerge_coordinator.store import releases
+from coldmerge_coordinator.store import keys, releases
 from coldmerge_coordinator.store.blobs import Readable
 
 RECHECK_CHUNKS = 8
@@ -94,6 +95,17 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
                 yield release
             await pulse.wait(ticket)
             await self._backend.recheck(who)
+
+    async def ListKeys(
+        self, _request: models_pb2.ListKeysRequest, _context: Any
+    ) -> models_pb2.ListKeysResponse:
+        """Which keys signed, and sign."""
+        return await asyncio.to_thread(self._list_keys)
+
+    def _list_keys(self) -> models_pb2.ListKeysResponse:
+        with self._store.database.read() as session:
+            found = keys.announced(session, self._store.signer)
+        return models_pb2.ListKeysResponse(keys=[signed_to_proto(said) for said in found])
 
     async def ReadBlob(
         self, request: models_pb2.ReadBlobRequest, _context: Any

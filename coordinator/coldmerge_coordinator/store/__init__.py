@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -46,6 +46,7 @@ class Store:
         if config.blobs.startswith("s3://"):
             self.bucket = Bucket(*split_url(config.blobs), config.s3)
         self.blobs, self.payloads = self._stores()
+        self._signer: tuple[int, Signer] | None = None
 
     def _stores(self) -> tuple[BlobStore, Payloads]:
         if self.bucket is None:
@@ -112,14 +113,21 @@ class Store:
         """Folder of the private keys."""
         return self.folder / "keys"
 
-    @cached_property
+    @property
     def signer(self) -> Signer:
-        """The coordinator's name and signing key, read when first needed.
+        """The coordinator's name and signing key, read again when the key was rotated.
 
         Raises:
             ConfigError: the key is missing, open to others, or not an Ed25519 key.
         """
-        return Signer(self.federation, _load_key(self.keys / "signing.key"))
+        path = self.keys / "signing.key"
+        with suppress(FileNotFoundError):
+            written = path.stat().st_mtime_ns
+            if self._signer is not None and self._signer[0] == written:
+                return self._signer[1]
+            self._signer = (written, Signer(self.federation, _load_key(path)))
+            return self._signer[1]
+        return Signer(self.federation, _load_key(path))
 
     def close(self) -> None:
         """Give the database connections back."""

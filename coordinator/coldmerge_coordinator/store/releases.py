@@ -33,6 +33,11 @@ class Signer:
     federation: str
     key: Ed25519PrivateKey
 
+    @property
+    def public_key(self) -> str:
+        """The half of the key that everybody may know, in hexadecimal."""
+        return self.key.public_key().public_bytes_raw().hex()
+
     def sign(self, document: Document) -> Signed:
         """Put the coordinator's name to `document`."""
         return sign(document, self.key)
