@@ -17,6 +17,7 @@ from coldmerge.core.progress import Progress, silent
 from coldmerge.evaluation.metrics import PairedScores
 from coldmerge.rounds.statistics import statistics_for
 from coldmerge.wire.v1 import common_pb2, contributions_pb2
+from coldmerge_client import checkpoints
 from coldmerge_client.evaluate import evaluate, leaving_scores, report
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import Outbox
@@ -139,6 +140,7 @@ class _Loop:
     def act(self, current: common_pb2.Round) -> None:
         """Do what `current` asks of us now."""
         if current.state == _State.OPEN:
+            checkpoints.refresh(self.session)
             self._contribute(current)
         elif current.state not in _ENDED:
             self._judge(current)

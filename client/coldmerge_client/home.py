@@ -5,7 +5,8 @@
     keys/             tls.key and identity.key, made here, readable by the owner alone
     signing-keys.json statements about the coordinator's signing keys
     certificate.pem   our certificate chain, renewed by itself
-    state.json        the newest release seen per model; the head of the sent log
+    state.json        the newest release seen per model; the last checkpoint of the audit log;
+                      the head of the sent log
     sent.jsonl        signed log of everything that ever left
     policy.yaml       what may leave (optional)
     models/           training configurations        head/      private heads
@@ -245,6 +246,13 @@ class Home:
             models = state.setdefault("models", {})
             if model not in models or models[model]["number"] < seen.number:
                 models[model] = asdict(seen)
+
+    def checkpoint(self) -> Signed | None:
+        """The last checkpoint of the audit log that this home has verified."""
+        found = self._state().get("checkpoint")
+        if not found:
+            return None
+        return Signed(found["document"].encode("ascii"), bytes.fromhex(found["signature"]))
 
     @contextmanager
     def state(self) -> Iterator[dict[str, Any]]:

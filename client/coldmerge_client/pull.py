@@ -20,6 +20,7 @@ from coldmerge.core.progress import Counter, Progress, silent
 from coldmerge.core.release_file import RELEASE_FILE, render_release_file
 from coldmerge.wire.convert import signed_from_proto
 from coldmerge.wire.v1 import models_pb2
+from coldmerge_client import checkpoints
 from coldmerge_client.download import fetch
 from coldmerge_client.files import exclusive, require_space
 from coldmerge_client.home import Home, Seen
@@ -67,16 +68,19 @@ def pull(
 
     Raises:
         NotFoundError: there is no such release.
-        IntegrityError: signature, digest or bytes are wrong, or the release is older
+        IntegrityError: signature, digest or bytes are wrong; the audit log was set back,
+            rewritten or frozen, or does not hold the release; or the release is older
             than the last one seen and `allow_older` is false.
         ResourceError: the disk is too small.
         UnavailableError: the coordinator stayed away for the session's timeout.
     """
+    checkpoint = checkpoints.refresh(session)
     release = session.release(model, number)
     record = checked_record(release, model, session)
     if number is not None and record.number != number:
         raise _another(release, f"release {number}", f"release {record.number}")
     check_not_older(session, model, record, allow_older=allow_older)
+    checkpoints.check_release(session, checkpoint, record, latest=number is None)
     folder = session.home.release(model, record.number)
     pulled = _bring(session, model, release, folder, record.number, progress)
     session.home.saw(model, Seen(record.number, record.content_digest, record.digest()))

@@ -30,6 +30,8 @@ from coldmerge.wire.calls import OnRetry, call, client_stream, server_stream, wi
 from coldmerge.wire.channel import secure_channel
 from coldmerge.wire.convert import signed_from_proto, signed_to_proto
 from coldmerge.wire.v1 import (
+    audit_pb2,
+    audit_pb2_grpc,
     common_pb2,
     contributions_pb2,
     contributions_pb2_grpc,
@@ -46,6 +48,7 @@ TIMEOUT = 60.0
 RENEWAL_PATIENCE = 5.0
 RENEW_AGAIN = timedelta(minutes=5)
 HISTORY_SECONDS = 120.0
+LOG_SECONDS = 3600.0
 SLOWEST_BYTES_PER_SECOND = 16 * 1024
 _BETWEEN_WATCHES = 0.5
 
@@ -176,6 +179,9 @@ class Session:
             self._connected()
         )
 
+    def _audit(self) -> Any:
+        return audit_pb2_grpc.AuditStub(self._connected())  # type: ignore[no-untyped-call]
+
     def _ask(self, stubs: Callable[[], Any], method: str, request: object) -> Any:
         return self._trying(
             lambda: call(
@@ -267,6 +273,23 @@ class Session:
         return self._trying(
             lambda: with_patience(collect, patience=self.timeout, on_retry=self.on_retry)
         )
+
+    def checkpoint(self, from_size: int) -> audit_pb2.CheckpointResponse:
+        """The audit log's signed head, with the proof that it extends that of `from_size`."""
+        request = audit_pb2.CheckpointRequest(from_size=from_size)
+        answer: audit_pb2.CheckpointResponse = self._ask(self._audit, "Checkpoint", request)
+        return answer
+
+    def prove(self, leaf: bytes, size: int) -> audit_pb2.ProveResponse:
+        """That the leaf of that hash is in the audit log of `size` entries."""
+        request = audit_pb2.ProveRequest(leaf_hash=leaf, size=size)
+        answer: audit_pb2.ProveResponse = self._ask(self._audit, "Prove", request)
+        return answer
+
+    def audit_entries(self, start: int = 0, limit: int = 0) -> Iterator[audit_pb2.AuditLeaf]:
+        """The audit log's entries, for an auditor or admin; no retry here."""
+        request = audit_pb2.ReadAuditRequest(start=start, limit=limit)
+        return server_stream(self._audit().Read, request, deadline=LOG_SECONDS)
 
     def read_blob(self, sha256: str, offset: int, nbytes: int) -> Iterator[common_pb2.Chunk]:
         """The bytes of a tensor or file from `offset`; no retry here."""

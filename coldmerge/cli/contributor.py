@@ -186,11 +186,12 @@ def status(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Show models and rounds, what is in the outbox, and everything that ever left."""
-    from coldmerge_client import sent_log
+    from coldmerge_client import checkpoints, sent_log
     from coldmerge_client.outbox import Outbox
 
     place = home_at(home)
     with session_at(home, timeout) as session:
+        checkpoint = checkpoints.refresh(session)
         models = session.models()
         newest = [(model, session.newest_round(model.name)) for model in models]
         member = session.member
@@ -220,9 +221,18 @@ def status(
     ]
     if fmt is Format.JSON:
         who = {"contributor": member.contributor, "machine": member.machine, "role": member.role}
-        print_json({**who, "models": rounds, "outbox": waiting, "left": left})
+        size_of_log = checkpoint.size if checkpoint else None
+        print_json(
+            {**who, "models": rounds, "outbox": waiting, "left": left, "audit_log": size_of_log}
+        )
         return
     out.print(f"[bold]{member.contributor}[/bold] / {member.machine} in {member.federation}")
+    out.print(
+        f"Audit log: {checkpoint.size} entries, checked against the last time."
+        if checkpoint
+        else "[yellow]This coordinator has no audit log: it runs an older coldmerge.[/yellow]",
+        highlight=False,
+    )
     print_rows(rounds, fmt, empty="The federation has no model yet.")
     out.print("\n[bold]Outbox[/bold]")
     print_rows(waiting, fmt, empty="Empty.")
