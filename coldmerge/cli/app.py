@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from coldmerge.cli import (
+    audit,
     contributions,
     contributor,
     coordinator,
@@ -44,6 +45,7 @@ _GROUPS = (
     releases,
     contributor,
     contributions,
+    audit,
     demo,
 )
 for group in _GROUPS:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -194,7 +195,7 @@ def test_a_release_that_was_never_logged_is_refused(
     number = publish(live, logged=False)
     events(live, 1)
     for which in (None, number):
-        error = refused(home, live, lambda s, n=which: pull(s, MODEL, n), but="checkpoint")
+        error = refused(home, live, partial(pull, model=MODEL, number=which), but="checkpoint")
         assert error.code == "release.not_in_the_log"
     assert home.local_releases(MODEL) == []
 
