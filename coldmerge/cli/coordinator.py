@@ -87,3 +87,21 @@ def serve(
     from coldmerge_coordinator.serve import serve as run
 
     run(folder)
+
+
+@group.command(epilog="Example: coldmerge coordinator gc ./hub --dry-run")
+def gc(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made by `coordinator init`.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")
+    ] = False,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Remove garbage, and what the retention settings let go. A running coordinator does, too."""
+    from coldmerge.core.clock import SystemClock
+    from coldmerge_coordinator.retention import summary
+    from coldmerge_coordinator.store import Store
+
+    with Store.open(folder) as store:
+        removed = summary(store, SystemClock().now(), dry_run=dry_run)
+    print_record({"dry_run": dry_run, **removed}, fmt)

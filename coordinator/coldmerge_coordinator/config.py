@@ -58,6 +58,22 @@ class AuditSettings(BaseModel):
     checkpoint_lifetime: Duration = timedelta(hours=24)
 
 
+class Retention(BaseModel):
+    """For how long what is no longer needed is kept; releases and records stay for ever.
+
+    `grace`: bytes that no row names. `uploads`: since they last moved. `candidates`: of rounds
+    that were not published, since they ended. `contributions`: task vectors, since their
+    round ended; without it for ever, and with it `release verify` cannot merge again.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    grace: Duration = timedelta(hours=24)
+    uploads: Duration = timedelta(days=7)
+    candidates: Duration = timedelta(days=30)
+    contributions: Duration | None = None
+
+
 class S3Config(BaseModel):
     """How to reach the S3 server of `blobs: s3://…`.
 
@@ -96,6 +112,7 @@ class CoordinatorConfig(BaseModel):
     min_protocol: int = Field(default=1, ge=1)
     limits: Limits = Limits()
     audit: AuditSettings = AuditSettings()
+    retention: Retention = Retention()
 
     def database_in(self, folder: Path) -> str:
         """The database URL, with a relative SQLite path resolved against `folder`.

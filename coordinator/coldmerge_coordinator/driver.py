@@ -7,6 +7,7 @@ moved, opens rounds that are due by cron, and delivers what admins have to hear.
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 import structlog
@@ -17,6 +18,7 @@ from coldmerge.core.errors import ColdmergeError, ConflictError
 from coldmerge.rounds.policy import RoundTemplate, parse_template
 from coldmerge.rounds.state import Tick, transition
 from coldmerge_coordinator.notices import Notifier
+from coldmerge_coordinator.retention import Collected, collect
 from coldmerge_coordinator.schedule import next_tick
 from coldmerge_coordinator.store import Store, leases, notices, releases, rounds
 from coldmerge_coordinator.store.leases import Held
@@ -25,6 +27,7 @@ from coldmerge_coordinator.store.models import Model, Round
 LEASE = "driver"
 TERM = timedelta(seconds=15)
 BEAT = timedelta(seconds=5)
+COLLECT_EVERY = timedelta(hours=1)
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +44,8 @@ class Driver:
         self._notifier = Notifier(store.database, clock)
         self._held: Held | None = None
         self._renewed_at = clock.now()
+        self._collected_at = clock.now()
+        self._collection: Iterator[Collected] | None = None
 
     def step(self) -> bool:
         """Do all that is due now: False while another driver has the lease.
@@ -52,6 +57,7 @@ class Driver:
         self._tick_rounds()
         self._follow_schedules()
         self._notifier.deliver_due()
+        self._collect()
         return True
 
     def close(self) -> None:
@@ -79,6 +85,23 @@ class Driver:
             except ConflictError:
                 log.info("driver.superseded")
         return leases.acquire(session, LEASE, self._holder, now, TERM)
+
+    def _collect(self) -> None:
+        """A step of the collection that goes on; a new one begins every hour."""
+        now = self._clock.now()
+        if self._collection is None:
+            if now - self._collected_at < COLLECT_EVERY:
+                return
+            self._collected_at, self._collection = now, collect(self._store, now)
+        try:
+            found = next(self._collection, None)
+            if found is None:
+                self._collection = None
+            elif found.count:
+                log.info("retention.collected", kind=found.kind, count=found.count)
+        except ColdmergeError as error:
+            self._collection = None
+            log.warning("retention.failed", code=error.code, error=error.message)
 
     def _tick_rounds(self) -> None:
         now = self._clock.now()

@@ -29,7 +29,7 @@ from coldmerge_coordinator import audit
 from coldmerge_coordinator.actors import LOCAL_ADMIN
 from coldmerge_coordinator.recipes import cautions, resolved
 from coldmerge_coordinator.schedule import next_tick
-from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.store import Store, collection
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Model
@@ -282,6 +282,7 @@ def _publish(
         except IntegrityError as error:  # another has added it this instant
             raise _exists(model.name) from error
         digests = release_table.add_content(session, content, masters, now)
+        collection.confirm(session, store.blobs)
         audit.append(
             session,
             "model.added",

@@ -31,6 +31,7 @@ from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.sources import Beat
 from coldmerge_coordinator.store import (
     Store,
+    collection,
     contributions,
     leases,
     notices,
@@ -162,6 +163,7 @@ class Worker:
             state = None
             if candidate.state is not None:
                 state = states.add_state(session, candidate.state, candidate.content, now)
+            collection.confirm(session, self._store.blobs)
             row = rounds.get(session, round_id, lock=True)
             screening.note_likeness(session, row, candidate.inner)
             done = MergeDone(*digests, candidate_state=state, note=candidate.note)

@@ -18,7 +18,7 @@ from coldmerge.core.documents import Document, ReleaseRecord, Signed, sign
 from coldmerge.core.errors import ConflictError, NotFoundError
 from coldmerge_coordinator import audit
 from coldmerge_coordinator.actors import LOCAL_ADMIN
-from coldmerge_coordinator.store import models
+from coldmerge_coordinator.store import collection, models
 from coldmerge_coordinator.store.models import Base, Blob, Master, Model, Release, Round
 
 Recipe = dict[str, str | int | float | bool | None]
@@ -235,14 +235,21 @@ def add_content(
 
 
 def register(session: Session, sizes: Mapping[str, int], *, public: bool, now: datetime) -> None:
-    """Write down blobs that are durable: sha256 → length. What is public stays public."""
+    """Write down blobs that are durable: sha256 → length. What is public stays public.
+
+    What is known is as good as new: it is not collected as the rest of an old candidate.
+    """
+    collection.lock(session)
     digests = sorted(sizes)
     new = {"public": public, "created_at": now}
-    insert_missing(session, Blob, [{"sha256": d, "nbytes": sizes[d], **new} for d in digests])
-    for start in range(0, len(digests) if public else 0, AT_ONCE):
+    for start in range(0, len(digests), AT_ONCE):
         part = digests[start : start + AT_ONCE]
-        hidden = update(Blob).where(Blob.sha256.in_(part), Blob.public.is_(False))
-        session.execute(hidden.values(public=True))
+        collection.named(session, part)
+        insert_missing(session, Blob, [{"sha256": d, "nbytes": sizes[d], **new} for d in part])
+        these = update(Blob).where(Blob.sha256.in_(part))
+        session.execute(these.where(Blob.created_at < now).values(created_at=now))
+        if public:
+            session.execute(these.where(Blob.public.is_(False)).values(public=True))
 
 
 def insert_missing(session: Session, table: type[Base], rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,240 @@
+"""What a collection removes, what it never touches, and who it must not race with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from sqlalchemy import select
+
+from coldmerge.core.digests import Content
+from coldmerge.rounds.state import Abandon
+from coldmerge_coordinator.config import Retention
+from coldmerge_coordinator.driver import COLLECT_EVERY, Driver
+from coldmerge_coordinator.retention import Collected, summary
+from coldmerge_coordinator.service.uploads import upload_id
+from coldmerge_coordinator.store import contributions, releases, rounds
+from coldmerge_coordinator.store.models import Blob, Contribution, Upload
+from coldmerge_coordinator.worker import Worker, run_once
+
+if TYPE_CHECKING:
+    from coldmerge_coordinator.candidate import Candidate
+    from coldmerge_coordinator.store.leases import Held
+    from tests.coordinator.conftest import Bench
+
+GATE = {"min_evaluators": 1, "window": "1d"}
+LONG = timedelta(days=40)
+DAY = timedelta(days=1)
+
+
+@pytest.fixture
+def bench(bench: Bench) -> Bench:
+    """Files have the machine's time: so has the clock."""
+    bench.clock.time = datetime.now(UTC) + timedelta(minutes=1)
+    bench.add_model({name: np.full(64, n, "<f4") for n, name in enumerate("abcd")})
+    return bench
+
+
+def stored(bench: Bench) -> dict[str, int]:
+    shards = (f"{number:02x}" for number in range(256))
+    return {b.sha256: b.size for shard in shards for b in bench.store.blobs.listed(shard)}
+
+
+def play(bench: Bench, seed: int, gate: object = None) -> str:
+    """A round up to its candidate or release."""
+    round_id = bench.open_round(gate=gate)
+    value = np.full(64, 0.25 + seed, "<f4")
+    name = "abcd"[seed % 4]
+    bench.contribute(round_id, "org", {name: value})
+    assert run_once(bench.store, bench.clock)
+    return round_id
+
+
+def abandon(bench: Bench, round_id: str) -> None:
+    with bench.store.database.write() as session:
+        row = rounds.get(session, round_id, lock=True)
+        now = bench.clock.now()
+        rounds.apply(session, row, Abandon("test"), now, bench.store.signer)
+
+
+def hashes(content: Content) -> set[str]:
+    return {entry.sha256 for entry in content.tensors} | {entry.sha256 for entry in content.files}
+
+
+def all_of(bench: Bench) -> set[str]:
+    """Every blob of every release and of the round at hand, which must be there and sound."""
+    wanted: set[str] = set()
+    with bench.store.database.read() as session:
+        for release in releases.list_releases(session, "m"):
+            content = releases.get_listing(session, release.content_digest)
+            wanted |= hashes(content)
+            wanted |= set(releases.get_masters(session, release.master_digest).values())
+        for row in rounds.active_rounds(session):
+            if row.candidate_digest is not None and row.candidate_master is not None:
+                content = releases.get_listing(session, row.candidate_digest)
+                wanted |= hashes(content)
+                wanted |= set(releases.get_masters(session, row.candidate_master).values())
+        for sha256 in wanted:
+            assert session.get(Blob, sha256) is not None
+    for sha256 in wanted:
+        found = hashlib.sha256(b"".join(bench.store.blobs.chunks(sha256))).hexdigest()
+        assert found == sha256
+    return wanted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_histories_keep_what_counts_and_lose_the_rest(bench: Bench, seed: int) -> None:
+    draw = random.Random(seed)
+    for step in range(8):
+        what = draw.choice(["publish", "abandon", "orphan", "wait", "collect", "empty"])
+        if what == "publish":
+            play(bench, step)
+        elif what == "abandon":
+            abandon(bench, play(bench, step + 100, gate=GATE))
+        elif what == "empty":
+            abandon(bench, bench.open_round())
+        elif what == "orphan":
+            bench.store.blobs.put(draw.randbytes(100))
+            bench.store.payloads.add(f"contribution-{step}.safetensors", b"left behind")
+        elif what == "wait":
+            bench.clock.advance(timedelta(days=draw.randrange(1, 20)))
+        else:
+            summary(bench.store, bench.clock.now())
+        all_of(bench)
+    play(bench, 7, gate=GATE)
+    bench.clock.advance(LONG)
+    before = stored(bench)
+    foreseen = summary(bench.store, bench.clock.now(), dry_run=True)
+    assert stored(bench) == before, "a dry run removes nothing"
+    done = summary(bench.store, bench.clock.now())
+    assert set(stored(bench)) == all_of(bench)
+    assert done["payloads"] == foreseen["payloads"]
+    with bench.store.database.read() as session:
+        kept = set(session.scalars(select(Contribution.payload)))
+    assert {found.name for found in bench.store.payloads.listed()} == kept
+    assert not any(summary(bench.store, bench.clock.now()).values())
+
+
+def test_the_rest_of_a_candidate_goes_a_month_after_its_round(bench: Bench) -> None:
+    round_id = play(bench, 1, gate=GATE)
+    abandon(bench, round_id)
+    bench.clock.advance(29 * DAY)
+    assert summary(bench.store, bench.clock.now())["candidates"] == 0
+    bench.clock.advance(2 * DAY)
+    assert summary(bench.store, bench.clock.now())["candidates"] == 1
+    assert set(stored(bench)) == all_of(bench)
+
+
+def test_a_blob_that_is_written_again_is_new(bench: Bench) -> None:
+    sha256, _ = bench.store.blobs.put(b"left behind")
+    now = datetime.now(UTC) + 25 * timedelta(hours=1)
+    kept = bench.store.config.retention.grace
+    assert kept == DAY
+    assert not summary(bench.store, datetime.now(UTC) + kept / 2)["blobs"]
+    assert summary(bench.store, now, dry_run=True)["blobs"] == 1
+    assert bench.store.blobs.stored([sha256])
+    assert summary(bench.store, now)["blobs"] == 1
+    assert not bench.store.blobs.stored([sha256])
+
+
+class Raced(Worker):
+    """Its blobs are collected after the merge has written them, before they are named."""
+
+    raced = 0
+
+    def _finish(self, round_id: str, held: Held, candidate: Candidate) -> None:
+        if not self.raced:
+            self.raced = summary(self._store, datetime.now(UTC) + LONG)["blobs"]
+        super()._finish(round_id, held, candidate)
+
+
+def test_a_merge_whose_blobs_were_collected_is_done_again(bench: Bench) -> None:
+    round_id = bench.open_round()
+    bench.contribute(round_id, "org", {"a": np.full(64, 5.5, "<f4")})
+    worker = Raced(bench.store, bench.clock)
+    assert worker.run_once()
+    assert worker.raced == 1
+    assert (bench.round(round_id).state, bench.round(round_id).merge_attempts) == ("MERGING", 0)
+    assert worker.run_once()
+    assert bench.release().number == 1
+    all_of(bench)
+
+
+def test_an_upload_that_does_not_move_expires(bench: Bench) -> None:
+    round_id = bench.open_round()
+    contribution = bench.contribute(round_id, "org", {"a": np.ones(64, "<f4")})
+    with bench.store.database.write() as session:
+        row = contributions.get(session, contribution)
+        old, now = bench.clock.now() - 8 * DAY, bench.clock.now()
+        for digest, moved in (("0" * 64, None), ("1" * 64, now)):
+            session.add(
+                Upload(
+                    id=upload_id(digest),
+                    manifest_digest=digest,
+                    contributor="org",
+                    machine="box",
+                    round=round_id,
+                    manifest=row.manifest,
+                    signature=b"",
+                    total_size=100,
+                    committed_size=10,
+                    created_at=old,
+                    updated_at=moved,
+                    fence=0,
+                )
+            )
+    assert summary(bench.store, bench.clock.now())["uploads"] == 1
+    with bench.store.database.read() as session:
+        assert [row.manifest_digest for row in session.query(Upload)] == ["1" * 64]
+
+
+def test_task_vectors_go_only_if_a_setting_says_so(bench: Bench) -> None:
+    play(bench, 1)
+    bench.clock.advance(LONG)
+    assert summary(bench.store, bench.clock.now())["contributions"] == 0
+    keep = bench.store.config.retention.model_copy(update={"contributions": 10 * DAY})
+    bench.store.config = bench.store.config.model_copy(update={"retention": keep})
+    round_id = bench.open_round()
+    assert summary(bench.store, bench.clock.now())["contributions"] == 0, "a re-merge may want it"
+    abandon(bench, round_id)
+    assert summary(bench.store, bench.clock.now())["contributions"] == 1
+    with bench.store.database.read() as session:
+        (row,) = session.scalars(select(Contribution))
+    assert row.payload_erased_at == bench.clock.now()
+    assert row.manifest
+    assert not bench.store.payloads.exists(row.payload)
+    all_of(bench)
+
+
+def test_the_driver_collects_every_hour_in_small_steps(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[datetime] = []
+
+    def counted(store: object, now: datetime) -> object:
+        asked.append(now)
+        return iter([Collected("blob", 0, 0), Collected("blob", 1, 5)])
+
+    monkeypatch.setattr("coldmerge_coordinator.driver.collect", counted)
+    driver = Driver(bench.store, bench.clock)
+    assert driver.step()
+    assert not asked
+    bench.clock.advance(COLLECT_EVERY)
+    for _ in range(4):
+        assert driver.step()
+    assert len(asked) == 1
+    bench.clock.advance(COLLECT_EVERY)
+    assert driver.step()
+    assert len(asked) == 2
+    driver.close()
+
+
+def test_every_setting_is_a_duration() -> None:
+    settings = Retention.model_validate({"grace": "1h", "candidates": "2d", "contributions": "90d"})
+    assert settings.grace == timedelta(hours=1)
+    assert json.loads(settings.model_dump_json())["contributions"] == "90d"
