@@ -107,6 +107,10 @@ class Session:
                 self._channel.close()
             self._channel = None
 
+    def channel(self) -> grpc.Channel:
+        """The connection itself, for services that have no method here."""
+        return self._connected()
+
     def _connected(self) -> grpc.Channel:
         with self._lock:
             if renewal_due(self.home, self.clock.now()):

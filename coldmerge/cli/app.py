@@ -65,6 +65,16 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    remote: Annotated[
+        bool,
+        typer.Option(
+            "--remote",
+            envvar="COLDMERGE_REMOTE",
+            show_envvar=True,
+            help="Steer the coordinator from here, over the network: as the enrolled machine of "
+            "COLDMERGE_HOME, whose organization has the role admin.",
+        ),
+    ] = False,
 ) -> None:
     """Organizations improve one shared model together without ever sharing data."""
 

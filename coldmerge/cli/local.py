@@ -1,4 +1,6 @@
-"""The admin's door: the Unix socket in the coordinator's folder."""
+"""The admin's two doors: the Unix socket in the coordinator's folder, or, with `--remote`, the
+API port and the certificate of a machine with the role admin. There is no third.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from coldmerge.core.errors import ConfigError, UnavailableError
@@ -27,7 +30,7 @@ PANEL = "Coordinator"
 
 @dataclass(frozen=True)
 class Local:
-    """Stubs over the coordinator's Unix socket."""
+    """Stubs over the admin's connection."""
 
     admin: Any
     models: Any
@@ -38,8 +41,16 @@ def coordinator_folder(folder: Path) -> Path:
     """`folder`, if a coordinator was made there.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or `--remote` was asked for.
     """
+    if is_remote():
+        raise ConfigError(
+            "coordinator.works_on_files",
+            "This command works on the files of the coordinator's folder.",
+            expected="a shell on the coordinator's machine",
+            got="--remote",
+            hint="Run it there, with --dir.",
+        )
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
             "coordinator.not_here",
@@ -51,8 +62,14 @@ def coordinator_folder(folder: Path) -> Path:
     return folder
 
 
+def is_remote() -> bool:
+    """Whether `coldmerge --remote` was typed."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.find_root().params.get("remote"))
+
+
 def ask(method: Any, request: object) -> Any:
-    """One call on the socket: it answers at once or not at all.
+    """One call: it answers at once or not at all.
 
     Raises:
         ColdmergeError: what the coordinator answered.
@@ -64,13 +81,20 @@ def ask(method: Any, request: object) -> Any:
 
 @contextmanager
 def local(folder: Path) -> Iterator[Local]:
-    """Connect to the coordinator that serves `folder`.
+    """Connect to the coordinator that serves `folder`; with `--remote`, to that of our home.
 
     Raises:
         UnavailableError: nothing serves it.
+        ConfigError: with `--remote`, the home has not joined a federation.
     """
+    if is_remote():
+        from coldmerge_client.home import Home
+        from coldmerge_client.session import Session
+
+        with Session.open(Home.default()) as session:
+            yield _stubs(session.channel())
+        return
     from coldmerge.wire.channel import local_channel
-    from coldmerge.wire.v1 import admin_pb2_grpc, models_pb2_grpc, rounds_pb2_grpc
 
     socket = coordinator_folder(folder) / "admin.sock"
     if not socket.exists():
@@ -80,8 +104,14 @@ def local(folder: Path) -> Iterator[Local]:
             hint=f"Start it: coldmerge coordinator serve {folder}",
         )
     with local_channel(socket) as channel:
-        yield Local(
-            admin_pb2_grpc.AdminStub(channel),  # type: ignore[no-untyped-call]
-            models_pb2_grpc.ModelsStub(channel),  # type: ignore[no-untyped-call]
-            rounds_pb2_grpc.RoundsStub(channel),  # type: ignore[no-untyped-call]
-        )
+        yield _stubs(channel)
+
+
+def _stubs(channel: Any) -> Local:
+    from coldmerge.wire.v1 import admin_pb2_grpc, models_pb2_grpc, rounds_pb2_grpc
+
+    return Local(
+        admin_pb2_grpc.AdminStub(channel),  # type: ignore[no-untyped-call]
+        models_pb2_grpc.ModelsStub(channel),  # type: ignore[no-untyped-call]
+        rounds_pb2_grpc.RoundsStub(channel),  # type: ignore[no-untyped-call]
+    )

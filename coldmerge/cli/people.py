@@ -100,6 +100,7 @@ def contributors(folder: DirOption = DEFAULT_DIR, fmt: FormatOption = Format.TAB
                     "client": machine.client_version,
                     "contributions": organization.contributions,
                     "revoked": organization.revoked or machine.revoked,
+                    "reason": machine.revoked_reason or organization.revoked_reason,
                 }
             )
     print_rows(rows, fmt, empty="Nobody is invited yet. Next: coldmerge invite ORG")
