@@ -44,7 +44,7 @@ RELEASE_FILES = (
     "config_sentence_transformers.json",
 )
 """Files beside the weights that belong to a release. Never code, never pickle."""
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 
 
 class Checkpoint:

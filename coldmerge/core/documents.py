@@ -10,12 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from coldmerge.core.errors import ManifestError
 from coldmerge.core.ids import IDENTIFIER, TENSOR_NAME
@@ -27,6 +37,32 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Identifier = Annotated[str, Field(pattern=rf"^{IDENTIFIER}$")]
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 TensorName = Annotated[str, Field(pattern=rf"^{TENSOR_NAME}$")]
+MAX_ENTRIES = 100_000
+MAX_RECIPE = 1000
+
+
+def _at_most(count: int) -> BeforeValidator:
+    """A table with more entries is refused before one of them is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"there are {len(value)} entries, and {count} are the most")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _scalings(value: object) -> object:
+    for name, scaling in value.items() if isinstance(value, dict) else ():
+        if type(scaling) not in (int, float) or not re.fullmatch(TENSOR_NAME, str(name)):
+            raise ValueError(f"{name!r:.80} has no scaling that is a number")
+    return value
+
+
+Extent = Annotated[int, Field(ge=0, le=2**40)]
+Metrics = Annotated[dict[MetricName, float], _at_most(64), Field(max_length=64)]
+Scalings = Annotated[dict[TensorName, float], BeforeValidator(_scalings)]
+Digests = Annotated[tuple[Sha256, ...], FailFast()]
 Encoding = Literal["fp32", "bf16"]
 Kind = Literal["full", "lora"]
 Statistic = Literal["fisher", "gram", "trim"]
@@ -45,7 +81,17 @@ class Document(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     schema_name: ClassVar[str]
+    max_bytes: ClassVar[int] = MAX_DOCUMENT_BYTES
     later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_its_keys(cls, values: Any) -> Any:
+        """One sentence for the first unknown key: pydantic would make one for each."""
+        if isinstance(values, dict) and not values.keys() <= cls.model_fields.keys():
+            unknown = min(set(values) - set(cls.model_fields), key=str)
+            raise ValueError(f"there is no field {unknown!r:.80}")
+        return values
 
     def canonical(self) -> bytes:
         """The one byte rendering that is hashed and signed."""
@@ -68,15 +114,16 @@ class Document(BaseModel):
         Raises:
             ManifestError: too large, not this type, breaks the schema, or not canonical.
         """
-        if len(raw) > MAX_DOCUMENT_BYTES:
+        if len(raw) > cls.max_bytes:
             raise ManifestError(
                 "document.too_large",
                 f"A {cls.schema_name} document is too large.",
-                expected=f"at most {MAX_DOCUMENT_BYTES} bytes",
+                expected=f"at most {cls.max_bytes} bytes",
                 got=f"{len(raw)} bytes",
                 hint="Check that the file is a coldmerge document.",
             )
         try:
+            _check_amount(raw)
             body = json.loads(raw)
             found = body.pop("type", None) if isinstance(body, dict) else None
             if found != cls.schema_name:
@@ -105,6 +152,17 @@ class Document(BaseModel):
         return document
 
 
+def _check_amount(raw: bytes) -> None:
+    """Count before parsing: a document of brackets would become 20 times its size.
+
+    Raises:
+        ValueError: it has more tables or lists than a document of the most tensors.
+    """
+    for mark in (b"{", b"["):
+        if raw.count(mark) > MAX_ENTRIES + 64:
+            raise ValueError(f"it has {raw.count(mark)} times {mark.decode()!r}")
+
+
 def _first_problem(error: Exception) -> str:
     if isinstance(error, ValidationError):
         problem = first_problem(error)
@@ -119,7 +177,7 @@ class TensorEntry(Document):
 
     name: TensorName
     dtype: str = Field(pattern=r"^[A-Z0-9_]{1,12}$")
-    shape: tuple[Annotated[int, Field(ge=0, le=2**40)], ...] = Field(max_length=16)
+    shape: Annotated[tuple[Extent, ...], FailFast()] = Field(max_length=16)
     sha256: Sha256
     nbytes: int = Field(ge=0, le=2**48)
 
@@ -158,13 +216,17 @@ class Manifest(Document):
     created_at: AwareDatetime
     kind: Kind
     encoding: Encoding
-    tensors: tuple[TensorEntry, ...] = Field(min_length=1, max_length=100_000)
-    scaling: dict[TensorName, float] = Field(default_factory=dict)
-    statistics: dict[Statistic, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    tensors: Annotated[tuple[TensorEntry, ...], FailFast()] = Field(
+        min_length=1, max_length=MAX_ENTRIES
+    )
+    scaling: Scalings = Field(default_factory=dict)
+    statistics: Annotated[dict[Statistic, Annotated[float, Field(gt=0)]], _at_most(8)] = Field(
+        default_factory=dict
+    )
     examples: int = Field(ge=1, le=10**12)
     norm: float = Field(ge=0)
-    metrics: dict[MetricName, float] = Field(default_factory=dict, max_length=64)
-    training: dict[MetricName, float] = Field(default_factory=dict, max_length=64)
+    metrics: Metrics = Field(default_factory=dict)
+    training: Metrics = Field(default_factory=dict)
     consents: tuple[Literal["leave_one_out"], ...] = Field(default=(), max_length=1)
 
     @property
@@ -177,6 +239,7 @@ class Receipt(Document):
     """The coordinator's signed word that a contribution is durable and counted."""
 
     schema_name = "coldmerge.receipt/1"
+    max_bytes = 2**16
 
     federation: Identifier
     model: Identifier
@@ -204,6 +267,7 @@ class Evaluation(Document):
     """
 
     schema_name = "coldmerge.evaluation/1"
+    max_bytes = 2**16
 
     federation: Identifier
     model: Identifier
@@ -238,11 +302,11 @@ class ReleaseRecord(Document):
     master_digest: Sha256
     state_digest: Sha256 | None = None
     previous_record: Sha256 | None
-    parents: tuple[Sha256, ...]
+    parents: Digests
     round: Identifier | None
-    recipe: dict[str, str | int | float | bool | None]
-    contributions: tuple[Sha256, ...]
-    flags: tuple[str, ...] = ()
+    recipe: Annotated[dict[str, str | int | float | bool | None], _at_most(MAX_RECIPE)]
+    contributions: Digests
+    flags: Annotated[tuple[str, ...], FailFast()] = ()
     created_at: AwareDatetime
 
 

@@ -17,6 +17,8 @@ from coldmerge.core.errors import ConfigError, IntegrityError
 from coldmerge.core.ids import ADDRESS
 
 PREFIX = "coldmerge-invite:"
+MAX_CHARACTERS = 2**15
+"""An invitation has 2000; what is beyond is not looked at, and what was cut is refused."""
 
 Address = Annotated[str, Field(pattern=rf"^{ADDRESS}$")]
 
@@ -49,7 +51,7 @@ class Invitation(BaseModel):
         Raises:
             ConfigError: it is not an invitation, or was cut short.
         """
-        compact = "".join(text.split())
+        compact = "".join(text[:MAX_CHARACTERS].split())
         body = compact.removeprefix(PREFIX)
         try:
             if body == compact:

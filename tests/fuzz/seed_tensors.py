@@ -59,6 +59,7 @@ def shards() -> Files:
     return {
         "ok-index": json.dumps({"metadata": {"total_size": 16}, **good}).encode(),
         "ok-one-shard": b'{"weight_map":{"b":"b.safetensors"}}',
+        "bad-long": json.dumps({"weight_map": {"a": "a" * 300}}).encode(),
         "bad-lies": json.dumps(lies).encode(),
         "bad-path": json.dumps({"weight_map": {"a": "../../etc/passwd"}}).encode(),
         "bad-twice": json.dumps(good).encode().replace(b'{"a"', b'{"a":"b.safetensors","a"'),

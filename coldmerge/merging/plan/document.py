@@ -15,7 +15,7 @@ from coldmerge.core.errors import ConfigError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 16
-MAX_VALUES = 2**14
+MAX_VALUES = 2**13
 """Aliases counted as often as they stand there: a few bytes can stand for billions of values."""
 
 _NAMES = {dict: "a mapping", list: "a list", str: "a text", type(None): "nothing"}
