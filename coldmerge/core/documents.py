@@ -38,7 +38,8 @@ Identifier = Annotated[str, Field(pattern=rf"^{IDENTIFIER}$")]
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 TensorName = Annotated[str, Field(pattern=rf"^{TENSOR_NAME}$")]
 MAX_ENTRIES = 100_000
-MAX_RECIPE = 1000
+MAX_RECIPE = 20_480
+"""Parameters, and what was clipped of each of a round's contributions, at most 10,000."""
 
 
 def _at_most(count: int) -> BeforeValidator:

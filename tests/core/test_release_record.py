@@ -42,3 +42,11 @@ def test_a_state_is_signed_and_its_absence_has_one_rendering() -> None:
     with pytest.raises(ManifestError) as caught:
         ReleaseRecord.parse(OLD.replace(b'"type"', b'"state_digest":null,"type"'))
     assert caught.value.code == "document.not_canonical"
+
+
+def test_a_record_of_the_largest_round_is_read_again() -> None:
+    digests = tuple(f"{number:064x}" for number in range(10_000))
+    clipped = {f"screening.factor.{digest}": 0.5 for digest in digests}
+    old = ReleaseRecord.parse(OLD)
+    record = old.model_copy(update={"contributions": digests, "recipe": old.recipe | clipped})
+    assert ReleaseRecord.parse(record.canonical()) == record
