@@ -79,14 +79,20 @@ def init(
         out.print(f"Next: coldmerge coordinator serve {folder}", highlight=False)
 
 
-@group.command(epilog="Example: coldmerge coordinator serve ./hub")
+@group.command(epilog="Example: coldmerge coordinator serve ./hub --only api --only driver")
 def serve(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made by `coordinator init`.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART", help="Run only api, driver or worker; may be repeated. Default: all."
+        ),
+    ] = None,
 ) -> None:
     """Run API, driver and merge worker until SIGTERM or Ctrl-C."""
     from coldmerge_coordinator.serve import serve as run
 
-    run(folder)
+    run(folder, only=only or ())
 
 
 @group.command(epilog="Example: coldmerge coordinator gc ./hub --dry-run")

@@ -6,7 +6,6 @@ moved, opens rounds that are due by cron, and delivers what admins have to hear.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
@@ -17,6 +16,7 @@ from coldmerge.core.clock import Clock
 from coldmerge.core.errors import ColdmergeError, ConflictError
 from coldmerge.rounds.policy import RoundTemplate, parse_template
 from coldmerge.rounds.state import Tick, transition
+from coldmerge_coordinator import replica
 from coldmerge_coordinator.notices import Notifier
 from coldmerge_coordinator.retention import Collected, collect
 from coldmerge_coordinator.schedule import next_tick
@@ -40,7 +40,7 @@ class Driver:
 
     def __init__(self, store: Store, clock: Clock, *, holder: str | None = None) -> None:
         self._store, self._clock = store, clock
-        self._holder = holder or f"driver@{socket.gethostname()}"[:64]
+        self._holder = holder or replica.holder(replica.DRIVER, store.folder)
         self._notifier = Notifier(store.database, clock)
         self._held: Held | None = None
         self._renewed_at = clock.now()

@@ -1,32 +1,35 @@
-"""`coldmerge coordinator serve`: listeners, driver and merge worker, until told to stop."""
+"""`coldmerge coordinator serve`: listeners, driver and merge worker, until told to stop.
+
+Or only some of them: they talk through the database alone, and may run as several replicas.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import structlog
 
 from coldmerge.core.clock import Clock, SystemClock
-from coldmerge.core.errors import ConflictError
+from coldmerge.core.errors import ConfigError
 from coldmerge.core.files import fsync_path
+from coldmerge_coordinator import replica
 from coldmerge_coordinator.driver import Driver
 from coldmerge_coordinator.limits import raise_descriptor_limit
 from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.servers import Servers
 from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.worker import work
 
-LOCK = "serve.lock"
 RUN_FILE = "run.json"
 DRIVER_EVERY = 0.5
 WORKER_GRACE = 4.0
@@ -37,62 +40,93 @@ HEALTHY_AFTER = 60.0
 log = structlog.get_logger(__name__)
 
 
-def serve(folder: Path, *, clock: Clock | None = None) -> None:
-    """Run the coordinator of `folder` until SIGTERM or SIGINT.
+def serve(folder: Path, *, only: Collection[str] = (), clock: Clock | None = None) -> None:
+    """Run the coordinator of `folder`, or `only` these parts of it, until SIGTERM or SIGINT.
 
-    Prints one line when it is ready, and writes the addresses to `run.json`.
+    Prints one line when it is ready. The API writes its addresses to `run.json`.
 
     Raises:
-        ConfigError: there is no coordinator there, or it cannot listen.
-        ConflictError: another process serves the folder.
+        ConfigError: there is no coordinator there, it cannot listen, or no such part.
+        ConflictError: another process runs one of the parts in this folder.
     """
+    parts = _parts(only)
     os.umask(0o077)
     log_to_stderr()
     raise_descriptor_limit()
-    with Store.open(folder) as store, _only_server(folder):
-        asyncio.run(_serve(store, clock or SystemClock()))
+    with Store.open(folder) as store, ExitStack() as locks:
+        for part in parts:
+            # A worker beside other parts is a process of its own, and takes the lock itself.
+            if part != replica.WORKER or parts == [replica.WORKER]:
+                locks.enter_context(replica.only_process(folder, part))
+        if parts == [replica.WORKER]:
+            _say_ready(store, replica.WORKER)
+            work(store, clock or SystemClock())
+        else:
+            asyncio.run(_serve(store, clock or SystemClock(), parts))
 
 
-@contextmanager
-def _only_server(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the kernel frees it however this process ends."""
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConflictError(
-                "serve.already_running",
-                f"Another process serves {folder}.",
-                hint=f"Its addresses are in {folder / RUN_FILE}; stop it with SIGTERM.",
-            ) from error
-        yield
+def _parts(only: Collection[str]) -> list[str]:
+    unknown = sorted(set(only) - set(replica.PARTS))
+    if unknown:
+        raise ConfigError(
+            "serve.unknown_part",
+            f"A coordinator has no part {unknown[0][:40]!r}.",
+            expected=", ".join(replica.PARTS),
+            got=unknown[0][:40],
+            hint="See `coldmerge coordinator serve --help`.",
+        )
+    return [part for part in replica.PARTS if not only or part in only]
 
 
-async def _serve(store: Store, clock: Clock) -> None:
+async def _serve(store: Store, clock: Clock, parts: Sequence[str]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    servers = Servers(store, clock)
-    worker: asyncio.Task[None] | None = None
-    driver = _DriverThread(store, clock)
+    running = _Running(store, clock, parts)
     try:
-        await servers.start()
-        driver.start()
-        worker = asyncio.create_task(_supervise(store.folder))
-        _announce(store, servers)
+        await running.start()
         await stop.wait()
         log.info("serve.stopping")
     finally:
-        (store.folder / RUN_FILE).unlink(missing_ok=True)
-        driver.ask_to_stop()
-        if worker is not None:
-            worker.cancel()
-        await servers.stop()
-        if worker is not None:
+        await running.stop()
+
+
+class _Running:
+    """The parts that run in this process, and the worker beside them."""
+
+    def __init__(self, store: Store, clock: Clock, parts: Sequence[str]) -> None:
+        self._store, self._parts = store, parts
+        self._servers = Servers(store, clock) if replica.API in parts else None
+        self._driver = _DriverThread(store, clock) if replica.DRIVER in parts else None
+        self._worker: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        if self._servers is not None:
+            await self._servers.start()
+        if self._driver is not None:
+            self._driver.start()
+        if replica.WORKER in self._parts:
+            self._worker = asyncio.create_task(_supervise(self._store.folder))
+        if self._servers is not None:
+            _announce(self._store, self._servers)
+        else:
+            _say_ready(self._store, ", ".join(self._parts))
+
+    async def stop(self) -> None:
+        """All of them at once: each may take a while to finish what it has begun."""
+        if self._driver is not None:
+            self._driver.ask_to_stop()
+        if self._worker is not None:
+            self._worker.cancel()
+        if self._servers is not None:
+            (self._store.folder / RUN_FILE).unlink(missing_ok=True)
+            await self._servers.stop()
+        if self._worker is not None:
             with contextlib.suppress(asyncio.CancelledError):
-                await worker
-        await asyncio.to_thread(driver.join)
+                await self._worker
+        if self._driver is not None:
+            await asyncio.to_thread(self._driver.join)
 
 
 def _announce(store: Store, servers: Servers) -> None:
@@ -108,10 +142,11 @@ def _announce(store: Store, servers: Servers) -> None:
     fsync_path(temporary)
     temporary.rename(store.folder / RUN_FILE)
     fsync_path(store.folder)
-    sys.stdout.write(
-        f"coldmerge coordinator {store.federation} is ready: "
-        f"api {servers.addresses.api}, enrolment {servers.addresses.enrol}\n"
-    )
+    _say_ready(store, f"api {servers.addresses.api}, enrolment {servers.addresses.enrol}")
+
+
+def _say_ready(store: Store, what: str) -> None:
+    sys.stdout.write(f"coldmerge coordinator {store.federation} is ready: {what}\n")
     sys.stdout.flush()
 
 

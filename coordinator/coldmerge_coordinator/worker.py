@@ -8,10 +8,8 @@ one starts the merge from scratch and comes to the same bytes.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ColdmergeError, ConflictError, ResourceError, UnavailableError
 from coldmerge.core.files import raise_if_full
 from coldmerge.rounds.state import MergeDone, MergeFailed, MergeStarted, State
+from coldmerge_coordinator import replica
 from coldmerge_coordinator.candidate import Candidate, Sealed, Work, build
 from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.sources import Beat
@@ -48,7 +47,6 @@ RETRY = timedelta(seconds=5)
 RETRY_FULL = timedelta(seconds=30)
 STALE = timedelta(minutes=10)
 POLL_SECONDS = 0.3
-LOCK = "worker.lock"
 
 log = structlog.get_logger()
 
@@ -61,7 +59,7 @@ class Worker:
     """Merges sealed rounds. `stop` ends the merge at hand within a block.
 
     `holder` names the worker in leases. A restarted worker of the same name takes its
-    round back at once, so two must not run at a time: `main` makes sure by a lock file.
+    round back at once, so two must not run at a time: a lock on the folder makes sure.
     """
 
     def __init__(
@@ -73,7 +71,7 @@ class Worker:
         stop: threading.Event | None = None,
     ) -> None:
         self._store, self._clock = store, clock
-        self._holder = holder or f"worker@{socket.gethostname()}"[:64]
+        self._holder = holder or replica.holder(replica.WORKER, store.folder)
         self._stop = stop or threading.Event()
         self._not_before: dict[str, datetime] = {}
 
@@ -268,9 +266,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     log_to_stderr()
     stop = _stop_event(options.parent)
-    with Store.open(options.folder) as store, _only_one(options.folder / LOCK, stop):
+    with (
+        Store.open(options.folder) as store,
+        replica.next_process(options.folder, replica.WORKER, stop),
+    ):
         Worker(store, SystemClock(), stop=stop).run()
     return 0
+
+
+def work(store: Store, clock: Clock) -> None:
+    """Be the worker of a folder until SIGTERM or SIGINT."""
+    Worker(store, clock, stop=_stop_event(None)).run()
 
 
 def _stop_event(parent: int | None) -> threading.Event:
@@ -289,19 +295,6 @@ def _stop_event(parent: int | None) -> threading.Event:
     if parent is not None:
         threading.Thread(target=watch, daemon=True).start()
     return stop
-
-
-@contextmanager
-def _only_one(path: Path, stop: threading.Event) -> Iterator[None]:
-    """Wait for the lock file: the kernel frees it however its holder ends."""
-    with path.open("a") as file:
-        while not stop.is_set():
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                stop.wait(POLL_SECONDS)
-        yield
 
 
 if __name__ == "__main__":
