@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coldmerge.cli import rotation
+from coldmerge.cli import backup, rotation
 from coldmerge.cli.local import PANEL
 from coldmerge.cli.output import Format, FormatOption, err, out, print_record
 
@@ -18,6 +18,7 @@ group = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Add these verbs to the root command."""
+    backup.register(group)
     group.add_typer(rotation.group, name="rotate")
     app.add_typer(group, name="coordinator", rich_help_panel=PANEL)
 
