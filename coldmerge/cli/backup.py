@@ -71,13 +71,17 @@ def restore(
         str | None,
         typer.Option(help="An empty database to restore into, if not the configuration's."),
     ] = None,
+    blobs: Annotated[
+        str | None,
+        typer.Option(help="Where tensors go, if not where the configuration says: PATH, s3://…"),
+    ] = None,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Make a coordinator of a backup, after comparing every hash. Stop the old one first."""
     from coldmerge_coordinator.backup import restore as run
 
     with bars(fmt) as progress:
-        index = run(source, folder, database_url=database_url, progress=progress)
+        index = run(source, folder, database_url=database_url, blobs=blobs, progress=progress)
     print_record(
         {
             "folder": str(folder),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import structlog
 
-from coldmerge.core.documents import Signed
+from coldmerge.core.documents import Manifest, Receipt, Signed
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.wire.calls import call
 from coldmerge.wire.v1 import contributions_pb2
@@ -53,12 +53,12 @@ class Scene:
         past = live.open_round()
         merged, payload = org.manifest(past, deltas(1))
         unsent, _ = org.manifest(past, deltas(2))
-        org.upload(merged, payload)
+        _upload(org, merged, payload)
         thief.contribute(past, deltas(3))
         run_once(live.store, live.clock)
         current = live.open_round(min_contributions=5)
         withdrawn, payload = org.manifest(current, deltas(4))
-        taken_back = org.upload(withdrawn, payload)
+        taken_back = _upload(org, withdrawn, payload)
         call(org.contributions.Withdraw, contributions_pb2.WithdrawRequest(id=taken_back))
         never, _ = org.manifest(current, deltas(5))
         return cls(live, org, thief, [org.sign(m) for m in (merged, unsent, withdrawn, never)])
@@ -67,6 +67,13 @@ class Scene:
         """Uploads and contributions, whatever became of them."""
         with self.live.store.database.read() as session:
             return session.query(Upload).count() + session.query(Contribution).count()
+
+
+def _upload(org: MachineClient, manifest: Manifest, payload: bytes) -> str:
+    """The id of the contribution that it becomes."""
+    begun = org.begin(manifest)
+    org.write(begun.upload_id, payload)
+    return Receipt.parse(org.commit(begun.upload_id).document).contribution
 
 
 def attempts(scene: Scene, draw: random.Random) -> Iterator[tuple[MachineClient, Signed]]:

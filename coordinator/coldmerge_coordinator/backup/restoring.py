@@ -10,12 +10,12 @@ from sqlalchemy import MetaData, delete
 
 from coldmerge.core.digests import file_digest
 from coldmerge.core.errors import ConflictError, IntegrityError
-from coldmerge.core.files import fsync_path
+from coldmerge.core.files import fsync_path, make_folder
 from coldmerge.core.progress import Counter, Progress, silent
 from coldmerge_coordinator import config as settings
-from coldmerge_coordinator.backup.making import CONTRIBUTIONS, DATABASE, Index
+from coldmerge_coordinator.backup.making import CONTRIBUTIONS, DATABASE, FOLDERS, Index
 from coldmerge_coordinator.backup.rows import read_rows
-from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.store import Store, lay_out
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.database import Database, migrate, schema_revision
 from coldmerge_coordinator.store.models import Base
@@ -26,13 +26,14 @@ def restore(
     folder: Path,
     *,
     database_url: str | None = None,
+    blobs: str | None = None,
     progress: Progress = silent,
 ) -> Index:
     """Make a coordinator in `folder`, which must be new or empty, as it was at the backup.
 
-    Every file is compared with its hash before anything is written. `database_url` puts the
-    rows into another database than the configuration's: an empty one. `config.yaml` is
-    written last: a folder without it holds no coordinator.
+    Every file is compared with its hash before anything is written. `database_url` and `blobs`
+    replace the configuration's: rows go into an empty database, tensors to another disk or
+    bucket. `config.yaml` is written last: a folder without it holds no coordinator.
 
     Raises:
         ConfigError: `backup` holds no complete backup.
@@ -41,17 +42,19 @@ def restore(
     """
     index = Index.load(backup)
     _check_empty(folder)
-    blobs = _check_files(backup, index)
-    config = settings.load(backup)
-    if database_url is not None:
-        config = config.model_copy(update={"database_url": database_url})
-    for name in ("", "keys", "ca"):
-        (folder / name).mkdir(mode=0o700, parents=not name, exist_ok=True)
-    for name in ("keys", "ca"):
+    kept = _check_files(backup, index)
+    changes = {"database_url": database_url, "blobs": blobs}
+    config = settings.load(backup).model_copy(
+        update={key: value for key, value in changes.items() if value is not None}
+    )
+    lay_out(folder)
+    for name in FOLDERS:
+        make_folder(folder / name)
         for path in sorted((backup / name).iterdir()):
             _copy_private(path, folder / name / path.name)
     _restore_rows(backup, index, config.database_in(folder))
-    _restore_files(backup, blobs, Store(folder, config), progress)
+    with Store(folder, config) as store:
+        _restore_files(backup, kept, store, progress)
     settings.save(config, folder)
     return index
 

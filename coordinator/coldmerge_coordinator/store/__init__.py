@@ -21,7 +21,7 @@ from coldmerge_coordinator.store.payloads import Payloads, S3Payloads
 from coldmerge_coordinator.store.releases import Signer
 from coldmerge_coordinator.store.s3_blobs import S3Blobs
 
-__all__ = ["Database", "Signer", "Store"]
+__all__ = ["Database", "Signer", "Store", "lay_out"]
 
 _FOLDERS = ("contributions", "uploads")
 
@@ -67,9 +67,7 @@ class Store:
                 f"There is already a coordinator in {folder}.",
                 hint="Choose another folder, or run this one with `coldmerge coordinator serve`.",
             )
-        make_folder(folder)
-        for name in _FOLDERS:
-            make_folder(folder / name)
+        lay_out(folder)
         migrate(config.database_in(folder))
         settings.save(config, folder)
         return cls(folder, config)
@@ -138,6 +136,13 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def lay_out(folder: Path) -> None:
+    """Make a coordinator's folder, and those in it that task vectors need."""
+    make_folder(folder)
+    for name in _FOLDERS:
+        make_folder(folder / name)
 
 
 def _load_key(path: Path) -> Ed25519PrivateKey:
