@@ -20,6 +20,7 @@ from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import Store, releases, rounds
 from coldmerge_coordinator.store.models import Contribution, Master, Release
 from coldmerge_coordinator.worker import run_once
+from tests.backends import chosen
 from tests.harness import MODEL, Live, MachineClient, coordinator, deltas
 
 LATEST = models_pb2.GetReleaseRequest(model=MODEL, latest=True)
@@ -71,6 +72,18 @@ def test_a_restored_coordinator_goes_on(live: Live, tmp_path: Path) -> None:
         assert call(back.models.GetRelease, LATEST).number == 2
     finally:
         again.close()
+
+
+def test_from_one_kind_of_database_to_another_and_back(live: Live, tmp_path: Path) -> None:
+    postgresql, sqlite = chosen.empty_database(), f"sqlite:///{tmp_path / 'back.db'}"
+    make(live.store, tmp_path / "backup")
+    for step, url in enumerate((postgresql, sqlite)):
+        restore(tmp_path / "backup", tmp_path / f"step-{step}", database_url=url)
+        with Store.open(tmp_path / f"step-{step}") as store:
+            assert store.database.engine.dialect.name == url.partition("+")[0].partition(":")[0]
+            assert verify(store).problems == []
+            make(store, tmp_path / f"backup-{step}")
+        assert dumped(tmp_path / f"backup-{step}") == dumped(tmp_path / "backup")
 
 
 def test_the_second_backup_copies_what_is_new(live: Live, tmp_path: Path) -> None:
