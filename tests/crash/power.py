@@ -168,6 +168,11 @@ class Disk:
             target.change(step.number, {to: moved}, odds=2 / 3)
             source.change(step.number, {name: None}, odds=1 / 3)
 
+    def _link(self, step: Step) -> None:
+        source, name = self._at(step.path)
+        target, to = self._at(step.to)
+        target.change(step.number, {to: source.now[name]})
+
     def _begin(self, step: Step) -> None:
         """An fsync begins."""
         self._begun[step.thread] = step.number

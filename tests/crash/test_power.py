@@ -229,12 +229,12 @@ def test_what_a_command_made_is_there_when_it_has_ended(tmp_path: Path) -> None:
     root, log = tmp_path / "made" / "hub", tmp_path / "log"
     root.parent.mkdir()
     source = write_model(tmp_path / "source", base_tensors(ELEMENTS))
-    disk = Disk(root.parent)
+    disk, trace = Disk(root.parent), Trace()
     made = ("coordinator", "init", str(root)), ("model", "add", MODEL, "--from", str(source))
     for command in made:
         env = environment(COLDMERGE_DIR=str(root))
         subprocess.run([*recording(log), *COLDMERGE, *command], env=env, check=True)
-        disk.follow(Trace().read(log))
+        disk.follow(trace.read(log))
     keys = {path.name: path.read_bytes() for path in root.rglob("*.key")}
     for luck in (None, 1, 2):
         shutil.rmtree(root.parent)

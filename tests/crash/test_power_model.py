@@ -104,6 +104,15 @@ def test_an_unsynced_rename_may_be_half_done_and_never_loses_the_file(
     assert found == {("x/a",), ("x/a", "y/b"), ("y/b",)}
 
 
+def test_a_second_name_is_durable_with_its_folder(does: Writer, out: Path) -> None:
+    does("create", "a")
+    does.sync("")
+    does("link", "a", to="b")
+    assert does.left(out) == {"a": b""}
+    does.sync("")
+    assert does.left(out) == {"a": b"", "b": b""}
+
+
 def test_what_is_under_way_survives_page_by_page(does: Writer, out: Path) -> None:
     does("create", "a")
     does.sync("")

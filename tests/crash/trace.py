@@ -13,7 +13,9 @@ CALLS = (
     "fdatasync,sync_file_range,rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,"
     "unlinkat,mkdir,mkdirat,rmdir,copy_file_range,sendfile"
 )
-Kind = Literal["create", "mkdir", "write", "resize", "grow", "remove", "rename", "begin", "end"]
+Kind = Literal[
+    "create", "mkdir", "write", "resize", "grow", "remove", "rename", "link", "begin", "end"
+]
 
 _LINE = re.compile(r"(?P<thread>\d+) +(?P<at>\d+\.\d+) (?P<rest>.*)")
 _UNFINISHED = " <unfinished ...>"
@@ -151,6 +153,10 @@ class Trace:
         self._offsets[to] = self._offsets.pop(path, 0)
         yield "rename", path, {"to": to}
 
+    def _link(self, arguments: str, _answer: int) -> Iterator[tuple[Kind, str, dict[str, object]]]:
+        path, to = _strings(arguments)
+        yield "link", path, {"to": to}
+
     def _unlink(
         self, arguments: str, _answer: int
     ) -> Iterator[tuple[Kind, str, dict[str, object]]]:
@@ -163,6 +169,7 @@ class Trace:
 
     _fdatasync = _fsync
     _renameat = _renameat2 = _rename
+    _linkat = _link
     _unlinkat = _rmdir = _unlink
     _mkdirat = _mkdir
 
