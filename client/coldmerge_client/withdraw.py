@@ -1,4 +1,4 @@
-"""Taking a contribution back: while its round is open it is removed, and merged nowhere."""
+"""Taking a contribution back: before its round seals, or after the round has ended."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from coldmerge_client.prepare import open_round
 from coldmerge_client.session import Session
 
 
-def withdraw(session: Session, model: str) -> contributions_pb2.Contribution:
-    """Take our organization's contribution to the open round back; the log says so.
+def withdraw(
+    session: Session, model: str, contribution: str | None = None
+) -> contributions_pb2.Contribution:
+    """Take a contribution of our organization back; the log says so.
+
+    Without its id: the one to the open round. With it also one whose round has ended: its bytes
+    are erased at the coordinator, and releases keep its update until an admin re-merges.
 
     Raises:
-        ConflictError: no round of the model is open: what was sealed stays.
-        NotFoundError: we have none in the open round.
+        ConflictError: no round of the model is open, or a round merges the contribution now.
+        NotFoundError: we have none in the open round, or none of that id.
     """
+    if contribution is not None:
+        return _noted(session, session.withdraw(contribution))
     found = open_round(session, model)
     ours = session.contributions(model, found.id)
     admitted = [each for each in ours if each.state == contributions_pb2.Contribution.ADMITTED]
@@ -27,7 +34,12 @@ def withdraw(session: Session, model: str) -> contributions_pb2.Contribution:
             model=model,
             round=found.id,
         )
-    taken = session.withdraw(admitted[0].id)
-    body = {"model": model, "round": found.id, "contribution": taken.id}
+    return _noted(session, session.withdraw(admitted[0].id))
+
+
+def _noted(
+    session: Session, taken: contributions_pb2.Contribution
+) -> contributions_pb2.Contribution:
+    body = {"model": taken.model, "round": taken.round, "contribution": taken.id}
     sent_log.record(session.home, "withdrawal", body, session.clock.now())
     return taken

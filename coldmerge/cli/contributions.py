@@ -279,16 +279,23 @@ def _print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
 
 def withdraw(
     model: ModelArgument = None,
+    contribution: Annotated[
+        str | None,
+        typer.Option(help="One of an ended round, by its id. Default: that of the open round."),
+    ] = None,
     home: HomeOption = None,
     timeout: TimeoutOption = 60.0,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
-    """Take your contribution to the open round back: its bytes are removed, unmerged."""
+    """Take a contribution back: the coordinator erases its bytes, and merges it no more."""
     from coldmerge_client.withdraw import withdraw as take_back
 
     with session_at(home, timeout) as session:
-        taken = take_back(session, session.model(model).name)
-    print_record({"model": taken.model, "round": taken.round, "contribution": taken.id}, fmt)
+        taken = take_back(session, session.model(model).name, contribution)
+    said = {"reason": taken.reason} if taken.reason else {}
+    print_record(
+        {"model": taken.model, "round": taken.round, "contribution": taken.id, **said}, fmt
+    )
 
 
 def evaluate(

@@ -243,3 +243,29 @@ def resolve(
 
     request = admin_pb2.ResolveRoundRequest(round=identifier, publish=publish, reason=reason)
     _act("ResolveRound", request, folder, fmt)
+
+
+@group.command(epilog="Example: coldmerge round remerge triage --without st-mary --reason left")
+def remerge(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    without: Annotated[
+        list[str],
+        typer.Option(help="An organization, or the id of a contribution. May be repeated."),
+    ],
+    reason: ReasonOption = "",
+    folder: DirOption = DEFAULT_DIR,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Make the latest release again without some updates, and ask the gate about it.
+
+    The updates are removed, not unlearned: later ones were trained on releases that held them.
+    """
+    from coldmerge.wire.v1 import admin_pb2
+
+    request = admin_pb2.RemergeRequest(model=model, without=without, reason=reason)
+    _act("Remerge", request, folder, fmt)
+    err.print(
+        "[yellow]note:[/yellow] where one contribution of a round is removed, whoever kept the "
+        "releases can compute it from the difference.",
+        highlight=False,
+    )

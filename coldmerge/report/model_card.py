@@ -75,6 +75,12 @@ def _made(facts: CardFacts) -> str:
     record = facts.record
     if record.round is None:
         origin = "It was not made by a round: it was imported, or an old release was restored."
+    elif "remerged" in record.flags:
+        origin = (
+            f"Round `{record.round}` merged {len(record.contributions)} signed task vectors of "
+            "earlier rounds again, in their order. Other updates were removed. They are not "
+            "unlearned: later ones were trained on releases that held them."
+        )
     else:
         origin = (
             f"Round `{record.round}` merged {len(record.contributions)} signed task vectors, each "

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from coldmerge_coordinator import audit
 from coldmerge_coordinator.actors import COORDINATOR
 from coldmerge_coordinator.service.uploads import contribution_id, forget, payload_name
-from coldmerge_coordinator.store import Store, collection
+from coldmerge_coordinator.store import Store, collection, trials
 from coldmerge_coordinator.store.contributions import REPLACED, WITHDRAWN
 from coldmerge_coordinator.store.models import (
     Blob,
@@ -174,6 +174,9 @@ def _blobs(store: Store, now: datetime, dry_run: bool) -> Iterator[Collected]:
 def _live(session: Session, since: datetime) -> Iterator[bytes]:
     """What releases, and the candidates of rounds that go on or ended after `since`, consist of."""
     kept = or_(Round.active, Round.ended_at.is_(None), Round.ended_at >= since)
+    going_on = session.scalars(select(Round).where(Round.active, Round.isolation.is_not(None)))
+    tried = [trial for row in going_on for trial in trials.of(row)]
+    digests_of_trials = {one for t in tried for one in (t.digest, t.master, t.state) if one}
     tables: tuple[tuple[Any, Any, Any, Any, Any], ...] = (
         (Release.content_digest, Round.candidate_digest, Content, Content.listing, _of_content),
         (Release.master_digest, Round.candidate_master, Master, Master.tensors, _of_master),
@@ -181,7 +184,9 @@ def _live(session: Session, since: datetime) -> Iterator[bytes]:
     )
     for released, candidate, table, value, hashes in tables:
         digests = union(select(released), select(candidate).where(kept))
-        query = select(value).where(table.digest.in_(digests))
+        query = select(value).where(
+            or_(table.digest.in_(digests), table.digest.in_(digests_of_trials))
+        )
         for found in session.scalars(query.execution_options(yield_per=20)):
             yield from (bytes.fromhex(sha256) for sha256 in hashes(found))
 

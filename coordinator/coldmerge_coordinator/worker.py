@@ -25,13 +25,11 @@ from coldmerge.core.errors import ColdmergeError, ConflictError, ResourceError, 
 from coldmerge.core.files import raise_if_full
 from coldmerge.rounds.state import MergeDone, MergeFailed, MergeStarted, State
 from coldmerge_coordinator import replica
-from coldmerge_coordinator.candidate import Candidate, Sealed, Work, build
+from coldmerge_coordinator.candidate import Candidate
 from coldmerge_coordinator.logs import log_to_stderr
-from coldmerge_coordinator.sources import Beat
 from coldmerge_coordinator.store import (
     Store,
     collection,
-    contributions,
     leases,
     notices,
     rounds,
@@ -40,6 +38,7 @@ from coldmerge_coordinator.store import (
 )
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.leases import Held
+from coldmerge_coordinator.works import merge_round
 
 TERM = timedelta(seconds=30)
 BEAT = timedelta(seconds=5)
@@ -116,8 +115,7 @@ class Worker:
         try:
             with _disk_errors():
                 heart = _Heart(self, round_id, held)
-                work = self._work_of(round_id, heart.beat)
-                candidate = build(self._store.blobs, work, heart.beat)
+                candidate = merge_round(self._store, round_id, heart.beat)
                 self._finish(round_id, held, candidate)
             logger.info("merge.done", candidate=candidate.content.digest, note=candidate.note)
         except (_Interrupted, UnavailableError) as reason:
@@ -132,26 +130,6 @@ class Worker:
                 return
             logger.exception("merge.failed", error=_sentence(error))
             self._fail(round_id, held, error)
-
-    def _work_of(self, round_id: str, beat: Beat) -> Work:
-        with self._store.database.read() as session:
-            row = rounds.get(session, round_id)
-            base = release_table.get_release(session, row.model, row.base_number)
-            content = release_table.get_listing(session, base.content_digest)
-            masters = release_table.get_masters(session, base.master_digest)
-            state = states.get_state(session, base.state_digest) if base.state_digest else None
-            sealed = contributions.sealed(session, row)
-            factors = screening.factors_of(session, sealed)
-        inputs = [
-            Sealed(
-                contributions.get_manifest(item),
-                self._store.payloads.local(item.payload, beat),
-                factors[item.manifest_digest],
-            )
-            for item in sealed
-        ]
-        policy = rounds.get_policy(row)
-        return Work(content, masters, state, inputs, policy.merge, policy.screening.statistics)
 
     def _finish(self, round_id: str, held: Held, candidate: Candidate) -> None:
         now = self._clock.now()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -25,6 +26,7 @@ from coldmerge_coordinator.store import (
     contributions,
     people,
     releases,
+    remerges,
     rounds,
 )
 from coldmerge_coordinator.store.models import Contributor, Invitation, Machine, Release, Round
@@ -282,3 +284,27 @@ def rollback(
         return releases.rollback(
             session, store.signer, model, number, reason[:500], now, actor=actor
         )
+
+
+def remerge(
+    store: Store,
+    model: str,
+    without: Sequence[str],
+    reason: str,
+    now: datetime,
+    *,
+    actor: str = LOCAL_ADMIN,
+) -> Round:
+    """Open a round that makes the latest release again, without some contributions.
+
+    Raises:
+        NotFoundError: no such model, contribution or contributor.
+        ConflictError: a round is active, nothing would change, or inputs were erased.
+        ConfigError: nobody is named, or a method cannot merge what is left.
+    """
+    with store.database.write() as session:
+        row = remerges.open_remerge(session, model, without, reason[:500], now, actor=actor)
+        ids = {"model": model, "round": row.id}
+        detail: dict[str, audit.Scalar] = {"without": ", ".join(without), "reason": reason}
+        audit.append(session, "round.remerge_opened", actor, now, ids=ids, detail=detail)
+        return row

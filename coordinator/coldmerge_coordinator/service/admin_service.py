@@ -182,6 +182,19 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         with self._store.database.read() as session:
             return release_message(session, row)
 
+    async def Remerge(self, request: admin_pb2.RemergeRequest, _context: Any) -> common_pb2.Round:
+        """Make the latest release again, without some contributions."""
+        row = await asyncio.to_thread(
+            admin.remerge,
+            self._store,
+            request.model,
+            tuple(request.without),
+            request.reason,
+            self._clock.now(),
+            actor=caller().actor,
+        )
+        return await asyncio.to_thread(self._round, row.id)
+
     async def ListRoundContributions(
         self, request: admin_pb2.RoundAction, _context: Any
     ) -> admin_pb2.ListRoundContributionsResponse:

@@ -24,11 +24,11 @@ from coldmerge.rounds.state import State
 from coldmerge.rounds.statistics import statistics_for, trim_density
 from coldmerge_coordinator.admission import Target, check_manifest
 from coldmerge_coordinator.auth import Caller, refuse_revoked
+from coldmerge_coordinator.service.leaving import withdraw
 from coldmerge_coordinator.service.rules import (
     check_nonce,
     check_open,
     check_second,
-    not_yours,
     replayed,
     unknown,
 )
@@ -351,24 +351,13 @@ class Intake:
         )
 
     def withdraw(self, who: Caller, identifier: str) -> Contribution:
-        """Take a contribution back: it is not merged, and its bytes are removed.
+        """Take a contribution back: its bytes are removed. See `leaving.withdraw`.
 
         Raises:
             NotFoundError: the caller has no such contribution.
-            ConflictError: its round is not OPEN any more.
+            ConflictError: a round that merges it is going on.
         """
-        now, signer = self._clock.now(), self._store.signer
-        with self._store.database.write() as session:
-            row = session.get(Contribution, identifier)
-            if row is None or row.contributor != who.contributor:
-                raise not_yours(identifier)
-            round_ = rounds.get(session, row.round, lock=True)
-            session.refresh(row)  # nobody replaces it while its round is locked
-            if row.state == contributions.ADMITTED:
-                row.state = contributions.WITHDRAWN
-                session.flush()
-                contribution_log.about(session, "contribution.withdrawn", row, who.actor, now)
-                rounds.apply(session, round_, state.Withdrawn(), now, signer, actor=who.actor)
+        row = withdraw(self._store, who, identifier, self._clock.now())
         if row.state == contributions.WITHDRAWN:
             self._store.payloads.remove([row.payload])
         return row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -84,7 +86,15 @@ def sealed(session: Session, row: Round) -> list[Contribution]:
     Raises:
         IntegrityError: one of them is gone.
     """
-    digests = kept(row)
+    return of_digests(session, row, kept(row))
+
+
+def of_digests(session: Session, row: Round, digests: Sequence[str]) -> list[Contribution]:
+    """Contributions to a round by their manifest digests, sorted by them.
+
+    Raises:
+        IntegrityError: one of them is gone.
+    """
     found = {
         item.manifest_digest: item
         for item in of_round(session, row.id)
@@ -99,7 +109,7 @@ def sealed(session: Session, row: Round) -> list[Contribution]:
             hint="Restore the database from a backup, or abandon the round.",
             round=row.id,
         )
-    return [found[digest] for digest in digests]
+    return [found[digest] for digest in sorted(digests)]
 
 
 def get_manifest(row: Contribution) -> Manifest:

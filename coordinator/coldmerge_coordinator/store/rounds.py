@@ -30,6 +30,7 @@ from coldmerge_coordinator.store import (
     screening,
     trials,
 )
+from coldmerge_coordinator.store.lineage import replay_of
 from coldmerge_coordinator.store.models import Contributor, Evaluation, Release, Round
 from coldmerge_coordinator.store.releases import Recipe, Signer
 
@@ -123,7 +124,7 @@ def view(session: Session, row: Round) -> RoundView:
     revoked = set(
         session.scalars(select(Contributor.name).where(Contributor.revoked_at.is_not(None)))
     )
-    stored = evaluations_of(session, row)
+    stored, again = evaluations_of(session, row), replay_of(row)
     return RoundView(
         id=row.id,
         model=row.model,
@@ -132,7 +133,7 @@ def view(session: Session, row: Round) -> RoundView:
         opened_at=row.opened_at,
         closes_at=row.closes_at,
         contributors=tuple(sorted(names)),
-        evaluators=tuple(sorted(set(names) - revoked)),
+        evaluators=tuple(sorted({*names, *(again.evaluators if again else ())} - revoked)),
         evaluations=tuple(
             documents.Evaluation.parse(item.document)
             for item in stored
@@ -168,7 +169,7 @@ def open_round(
     policy = resolved(policy)
     releases.get_model(session, model, lock=True)  # openers queue up here
     base = releases.latest_release(session, model)
-    _refuse_second(model, active_round(session, model))
+    refuse_second(model, active_round(session, model))
     opened = state.open_view(new_id("round"), model, policy, now)
     row = Round(
         id=opened.id,
@@ -193,7 +194,12 @@ def open_round(
     return row
 
 
-def _refuse_second(model: str, active: Round | None) -> None:
+def refuse_second(model: str, active: Round | None) -> None:
+    """Refuse a round of a model that has one.
+
+    Raises:
+        ConflictError: `active` is going on.
+    """
     if active is not None:
         raise ConflictError(
             "round.already_active",
@@ -293,6 +299,12 @@ def _publish(
             hint="Abandon the round and open another.",
             round=row.id,
         )
+    again, parent = replay_of(row), row.base_digest
+    if again is None:
+        how = recipe(get_policy(row), row) | trials.note(row)
+    else:
+        parent = releases.get_release(session, row.model, again.start).content_digest
+        how, flags = again.recipe(), (*flags, "remerged")
     return releases.publish(
         session,
         signer,
@@ -300,9 +312,9 @@ def _publish(
         row.candidate_digest,
         row.candidate_master,
         now,
-        recipe=recipe(get_policy(row), row) | trials.note(row),
+        recipe=how,
         state_digest=row.candidate_state,
-        parents=(row.base_digest,),
+        parents=(parent,),
         round_id=row.id,
         contributions=tuple(contributions.kept(row)),
         flags=flags,

@@ -100,7 +100,7 @@ def in_recipe(row: Round, policy: RoundPolicy) -> Recipe:
 
 def note_likeness(session: Session, row: Round, inner: Inner | None) -> None:
     """Keep the report of a merge of all the round's inputs; that of a trial is not kept."""
-    if row.left_out:
+    if row.left_out or row.replay is not None:
         return
     inputs = contributions.sealed(session, row)
     factors = factors_of(session, inputs)

@@ -13,11 +13,12 @@ from coldmerge.core.errors import ConflictError, ManifestError, NotFoundError, R
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.wire.calls import call
 from coldmerge.wire.convert import signed_from_proto
-from coldmerge.wire.v1 import admin_pb2, contributions_pb2
+from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2
 from coldmerge_coordinator.service.uploads import contribution_id
-from coldmerge_coordinator.store import contributions, rounds
+from coldmerge_coordinator.store import contributions, releases, rounds
 from coldmerge_coordinator.store.models import Contribution, Round, Upload
-from tests.harness import BF16, Live, chunk, coordinator, deltas
+from coldmerge_coordinator.worker import run_once
+from tests.harness import BF16, MODEL, Live, chunk, coordinator, deltas
 from tests.support import until
 
 
@@ -348,3 +349,32 @@ def test_a_large_upload_is_flushed_on_the_way(tmp_path_factory: pytest.TempPathF
 
         assert org.stream(requests()) == len(payload) == committed()
         org.commit(begun.upload_id)
+
+
+def test_withdrawal_after_the_round_erases_the_bytes_and_says_what_stays(live: Live) -> None:
+    org, other = live.machine("a"), live.machine("b")
+    round_ = live.open_round()
+    org.contribute(round_, deltas())
+    other.contribute(round_, deltas(2))
+    assert run_once(live.store, live.clock)
+    row = next(row for row in _rows(live) if row.contributor == "a")
+    answer = call(org.contributions.Withdraw, contributions_pb2.WithdrawRequest(id=row.id))
+    assert answer.state == contributions_pb2.Contribution.WITHDRAWN
+    assert answer.reason == (
+        "withdrawn; its update stays in release 1 and those made from it "
+        "until an admin re-merges without it"
+    )
+    kept = [path.name for path in live.store.contributions.iterdir()]
+    assert len(kept) == 1
+    assert row.payload not in kept
+    request = admin_pb2.RemergeRequest(model=MODEL, without=["a"], reason="a leaves")
+    again = call(live.local_admin.Remerge, request)
+    assert (again.state, again.remerge) == (common_pb2.Round.SEALED, True)
+    mine = next(row for row in _rows(live) if row.contributor == "b")
+    with pytest.raises(ConflictError) as caught:
+        call(other.contributions.Withdraw, contributions_pb2.WithdrawRequest(id=mine.id))
+    assert caught.value.code == "round.wrong_state"
+    assert run_once(live.store, live.clock)
+    with live.store.database.read() as session:
+        record = releases.get_record(releases.latest_release(session, MODEL))
+    assert (record.number, record.flags) == (2, ("remerged", "ungated"))
