@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from coldmerge.cli import backup, rotation
-from coldmerge.cli.local import PANEL
+from coldmerge.cli.local import PANEL, coordinator_folder
 from coldmerge.cli.output import Format, FormatOption, err, out, print_record
 
 group = typer.Typer(
@@ -112,3 +112,18 @@ def gc(
     with Store.open(folder) as store:
         removed = summary(store, SystemClock().now(), dry_run=dry_run)
     print_record({"dry_run": dry_run, **removed}, fmt)
+
+
+@group.command(epilog="Example: coldmerge coordinator health ./hub --only api")
+def health(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made by `coordinator init`.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PART", help="api, driver or worker; may be repeated. Default: api."),
+    ] = None,
+) -> None:
+    """Succeed if the coordinator of DIR serves. For health checks, beside the process."""
+    from coldmerge_coordinator.alive import check
+
+    check(coordinator_folder(folder), tuple(only or ("api",)))
+    out.print("serving", highlight=False)

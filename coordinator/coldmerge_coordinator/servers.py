@@ -108,9 +108,9 @@ class Servers:
         enrolment_pb2_grpc.add_EnrolmentServicer_to_server(  # type: ignore[no-untyped-call]
             EnrolmentService(self._backend, self._authority), enrol
         )
-        for server in (api, enrol):
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         local = self._server(LocalGuard(store))
+        for server in (api, enrol, local):
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self._add_readers(local)
         self._add_admin(local)
         self.addresses.api = self._listen(api, config.listen, mutual=True)
