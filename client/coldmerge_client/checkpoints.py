@@ -11,7 +11,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
-from coldmerge.core.documents import ReleaseRecord, Signed, verify
+from coldmerge.core.documents import ReleaseRecord, Signed
 from coldmerge.core.errors import ConflictError, IntegrityError, NotFoundError
 from coldmerge.core.evidence import AuditCheckpoint
 from coldmerge.core.merkle import leaf_hash, verify_consistency, verify_inclusion
@@ -77,7 +77,7 @@ def checked(session: Session, signed: Signed) -> AuditCheckpoint:
         ManifestError: the signature is not the coordinator's.
         IntegrityError: it is another federation's.
     """
-    found = verify(signed, AuditCheckpoint, session.member.verifier())
+    found = session.verify(signed, AuditCheckpoint)
     if found.federation != session.member.federation:
         raise IntegrityError(
             "checkpoint.other_federation",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from coldmerge.core.audit_file import AuditFile
 from coldmerge.core.audit_log import read_leaf
-from coldmerge.core.documents import Receipt, Signed, verify
+from coldmerge.core.documents import Receipt, Signed
 from coldmerge.core.errors import IntegrityError
 from coldmerge.core.evidence import AuditCheckpoint
 from coldmerge.core.merkle import leaf_hash, verify_inclusion
@@ -32,9 +32,8 @@ def download(session: Session) -> AuditFile:
         )
     entries = [leaf.document for leaf in session.audit_entries(0, head.size)]
     member = session.member
-    return AuditFile(
-        member.federation, {head.key: bytes.fromhex(member.signing_key)}, [kept], entries
-    )
+    statements = session.home.keyring(member).statements
+    return AuditFile(member.federation, member.signing_key, statements, [kept], entries)
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def check_receipt(home: Home, signed: Signed, log: AuditFile | None = None) -> V
         ManifestError: the signature is not the coordinator's.
         IntegrityError: another federation's, or not in the log.
     """
-    receipt = verify(signed, Receipt, home.membership().verifier())
+    receipt = home.keyring().verify(signed, Receipt)
     if receipt.federation != home.membership().federation:
         raise IntegrityError(
             "receipt.other_federation",
@@ -78,6 +77,7 @@ def prove_receipt(session: Session, head: AuditCheckpoint, signed: Signed) -> Ve
         IntegrityError: another federation's, or the proof is wrong.
         NotFoundError: the log does not hold it.
     """
+    session.verify(signed, Receipt)  # which fetches a key that we have not heard of
     found = check_receipt(session.home, signed)
     leaf = leaf_hash(signed.document)
     answer = session.prove(leaf, head.size)

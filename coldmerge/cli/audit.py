@@ -195,10 +195,10 @@ def _report(checked: Checked, *, pinned: bool, fmt: Format) -> None:
             )
 
 
-def _kept(place: Path | None) -> tuple[list[Signed], dict[int, bytes]]:
+def _kept(place: Path | None) -> tuple[list[Signed], str | None]:
     """The checkpoint that a home keeps, and the signing key that it knows."""
     if place is None:
-        return [], {}
+        return [], None
     from coldmerge.core.errors import ConfigError
 
     home = home_at(place if place.is_dir() else place.parent)
@@ -209,10 +209,10 @@ def _kept(place: Path | None) -> tuple[list[Signed], dict[int, bytes]]:
             f"{home.path} keeps no checkpoint of an audit log.",
             hint="A home gets one with its first `coldmerge pull` or `coldmerge status`.",
         )
-    return [signed], {0: bytes.fromhex(home.membership().signing_key)}
+    return [signed], home.membership().signing_key
 
 
-def _key(text: str) -> dict[int, bytes]:
+def _key(text: str) -> str:
     from coldmerge.core.errors import ConfigError
 
     try:
@@ -227,7 +227,7 @@ def _key(text: str) -> dict[int, bytes]:
             got=text[:80],
             hint="It is `signing_key` in federation.json of a contributor's home.",
         )
-    return {0: raw}
+    return raw.hex()
 
 
 @receipt.command("verify", epilog="Example: coldmerge receipt verify --all --log audit.jsonl")
@@ -278,7 +278,7 @@ def _checked_log(path: Path, home: Path) -> AuditFile:
     from coldmerge.core.audit_file import read_audit_file
 
     log = read_audit_file(path)
-    log.check({0: bytes.fromhex(home_at(home).membership().signing_key)})
+    log.check(home_at(home).membership().signing_key)
     return log
 
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from coldmerge.core.audit_log import Checked, check_log
 from coldmerge.core.documents import Signed
 from coldmerge.core.errors import IntegrityError
 from coldmerge.core.evidence import AuditCheckpoint
 from coldmerge.core.files import fsync_path
+from coldmerge.core.keys import Keyring
 
 TYPE = "coldmerge.audit-export/1"
 FILE_NAME = "audit.jsonl"
@@ -27,25 +26,29 @@ MAX_LINE = 8 * 2**20
 
 @dataclass(frozen=True)
 class AuditFile:
-    """A log to write, or one that was read. `keys`: number → public key, 32 bytes."""
+    """A log to write, or one that was read.
+
+    `public_key` (hexadecimal) is one of the signing keys; `statements` lead to the others.
+    """
 
     federation: str
-    keys: dict[int, bytes]
+    public_key: str
+    statements: list[Signed]
     checkpoints: list[Signed]
     entries: list[bytes] = field(repr=False)
 
-    def check(self, expected: Mapping[int, bytes] | None = None, *more: Signed) -> Checked:
+    def check(self, expected: str | None = None, *more: Signed) -> Checked:
         """Check the log against its checkpoints, and against `more` that others kept.
 
-        `expected`: signing keys that are known from elsewhere; they must be the file's.
+        `expected`: a signing key that is known from elsewhere: the file's must follow from it.
 
         Raises:
             IntegrityError: the first difference, with its position.
             ManifestError: a signature does not fit.
         """
-        self._check_keys(expected or {})
+        keys = self._keyring(expected or self.public_key)
         self._check_order()
-        checked = check_log(self.federation, self.entries, [*self.checkpoints, *more], self._key_of)
+        checked = check_log(self.federation, self.entries, [*self.checkpoints, *more], keys)
         if checked.unsigned or not self.checkpoints:
             raise IntegrityError(
                 "audit.unsigned",
@@ -57,17 +60,19 @@ class AuditFile:
             )
         return checked
 
-    def _check_keys(self, expected: Mapping[int, bytes]) -> None:
-        for number, key in expected.items():
-            if self.keys.get(number) != key:
-                raise IntegrityError(
-                    "audit.other_key",
-                    "The log was signed with another key than the federation's.",
-                    expected=f"key {number}: {key.hex()}",
-                    got=self.keys[number].hex() if number in self.keys else "no such key",
-                    hint="It is another federation's log, or a made-up one.",
-                    position=0,
-                )
+    def _keyring(self, pinned: str) -> Keyring:
+        keys = Keyring(self.federation, pinned, self.statements)
+        believed = all(signed in keys.statements for signed in self.statements)
+        if self.public_key not in keys.trusted or not believed:
+            raise IntegrityError(
+                "audit.other_key",
+                "The log's signing keys do not follow from the one that is known.",
+                expected=pinned,
+                got=self.public_key,
+                hint="It is another federation's log, or a made-up one.",
+                position=0,
+            )
+        return keys
 
     def _check_order(self) -> None:
         sizes = [AuditCheckpoint.parse(signed.document).size for signed in self.checkpoints]
@@ -81,32 +86,22 @@ class AuditFile:
                 position=0,
             )
 
-    def _key_of(self, number: int) -> Ed25519PublicKey:
-        if number not in self.keys:
-            raise IntegrityError(
-                "audit.no_key",
-                "A checkpoint is signed with a key that the log does not name.",
-                got=f"key {number}",
-                hint="Export the log again.",
-            )
-        return Ed25519PublicKey.from_public_bytes(self.keys[number])
-
     def lines(self) -> Iterator[bytes]:
         """The file, line by line."""
         yield _line(
             {
                 "type": TYPE,
                 "federation": self.federation,
-                "keys": len(self.keys),
+                "public_key": self.public_key,
+                "keys": len(self.statements),
                 "checkpoints": len(self.checkpoints),
                 "entries": len(self.entries),
             }
         )
-        for number, key in sorted(self.keys.items()):
-            yield _line({"key": number, "public_key": key.hex()})
-        for signed in self.checkpoints:
-            text = signed.document.decode("ascii")
-            yield _line({"checkpoint": text, "signature": signed.signature.hex()})
+        for name, signatures in (("key", self.statements), ("checkpoint", self.checkpoints)):
+            for signed in signatures:
+                text = signed.document.decode("ascii")
+                yield _line({name: text, "signature": signed.signature.hex()})
         for raw in self.entries:
             yield raw + b"\n"
 
@@ -141,23 +136,16 @@ def parse_audit_file(lines: Iterable[bytes]) -> AuditFile:
         IntegrityError: `AuditFile.lines` would not make them.
     """
     reader = _Reader(iter(lines))
-    header = reader.json("type", "federation", "keys", "checkpoints", "entries")
+    header = reader.json("type", "federation", "public_key", "keys", "checkpoints", "entries")
     counts = [header["keys"], header["checkpoints"], header["entries"]]
     if header["type"] != TYPE or not all(type(count) is int and count >= 0 for count in counts):
         raise reader.bad(f"a header of type {TYPE}")
-    keys, checkpoints = {}, []
-    for _ in range(counts[0]):
-        line = reader.json("key", "public_key")
-        keys[line["key"]] = reader.hex(line["public_key"], 32)
-    for _ in range(counts[1]):
-        line = reader.json("checkpoint", "signature")
-        document = str(line["checkpoint"]).encode("ascii", "replace")
-        checkpoints.append(Signed(document, reader.hex(line["signature"], 64)))
+    public_key = reader.hex(header["public_key"], 32).hex()
+    statements = [reader.signed("key") for _ in range(counts[0])]
+    checkpoints = [reader.signed("checkpoint") for _ in range(counts[1])]
     entries = [reader.take() for _ in range(counts[2])]
     reader.end()
-    if list(keys) != sorted(set(keys)) or len(keys) != counts[0]:
-        raise reader.bad("keys in order")
-    return AuditFile(str(header["federation"]), keys, checkpoints, entries)
+    return AuditFile(str(header["federation"]), public_key, statements, checkpoints, entries)
 
 
 class _Reader:
@@ -184,6 +172,11 @@ class _Reader:
         if not fits:
             raise self.bad(", ".join(names))
         return dict(found)
+
+    def signed(self, name: str) -> Signed:
+        line = self.json(name, "signature")
+        document = str(line[name]).encode("ascii", "replace")
+        return Signed(document, self.hex(line["signature"], 64))
 
     def hex(self, text: object, length: int) -> bytes:
         try:

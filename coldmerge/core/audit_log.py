@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-from coldmerge.core.documents import Document, Receipt, ReleaseRecord, Signed, verify
+from coldmerge.core.documents import Document, Receipt, ReleaseRecord, Signed
 from coldmerge.core.errors import IntegrityError, ManifestError
 from coldmerge.core.evidence import AuditCheckpoint, AuditEntry, Latest
+from coldmerge.core.keys import Keyring
 from coldmerge.core.merkle import Frontier, leaf_hash
-
-KeyOf = Callable[[int], Ed25519PublicKey]
-"""The public half of the signing key of that number; raises what it may when there is none."""
 
 TURNED_BACK = timedelta(hours=1)
 _HINT = "Keep this log as it is, and compare it with the checkpoints that contributors keep."
@@ -69,15 +65,15 @@ def time_of(leaf: AuditEntry | ReleaseRecord | Receipt) -> datetime:
 
 
 def check_log(
-    federation: str, entries: Iterable[bytes], checkpoints: Sequence[Signed], key_of: KeyOf
+    federation: str, entries: Iterable[bytes], checkpoints: Sequence[Signed], keys: Keyring
 ) -> Checked:
     """Recompute the log from its entries, and hold every checkpoint against it.
 
     Raises:
         IntegrityError: the first difference, with the position it is at.
-        ManifestError: a checkpoint's signature is not by its key.
+        ManifestError: a checkpoint's signature is by none of `keys`.
     """
-    heads = _heads(federation, checkpoints, key_of)
+    heads = _heads(federation, checkpoints, keys)
     log = _Log(federation)
     waiting = heads[::-1]
     log.compare(waiting)
@@ -99,11 +95,10 @@ def check_log(
     return log.checked
 
 
-def _heads(federation: str, checkpoints: Sequence[Signed], key_of: KeyOf) -> list[AuditCheckpoint]:
+def _heads(federation: str, checkpoints: Sequence[Signed], keys: Keyring) -> list[AuditCheckpoint]:
     found: list[AuditCheckpoint] = []
     for signed in checkpoints:
-        number = AuditCheckpoint.parse(signed.document).key
-        head = verify(signed, AuditCheckpoint, key_of(number))
+        head = keys.verify(signed, AuditCheckpoint)
         if head.federation != federation:
             raise IntegrityError(
                 "audit.other_federation",

@@ -13,7 +13,7 @@ from coldmerge.core.documents import Signed
 from coldmerge.core.errors import IntegrityError
 from coldmerge.core.merkle import Frontier, leaf_hash
 from coldmerge_coordinator import audit, checkpoints
-from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.store import Store, keys
 from coldmerge_coordinator.store.models import AuditCheckpoint, AuditHead, AuditNode
 
 _HINT = "Compare with an earlier export and with the checkpoints that contributors keep."
@@ -27,7 +27,8 @@ def export(store: Store, now: datetime) -> AuditFile:
         session.flush()
         return AuditFile(
             store.federation,
-            {0: store.signer.key.public_key().public_bytes_raw()},
+            store.signer.public_key,
+            keys.announced(session, store.signer),
             _signed(session),
             [document for _, document in checkpoints.entries(session)],
         )
@@ -47,7 +48,6 @@ def check_stored(store: Store, *more: Signed) -> Checked:
         IntegrityError: the first difference, with its position.
         ManifestError: a checkpoint's signature is not by the coordinator's key.
     """
-    key = store.signer.key.public_key()
     with store.database.read() as session:
         stored = checkpoints.entries(session)
         hashes = select(AuditNode.index.label("at"), AuditNode.hash).where(AuditNode.level == 0)
@@ -60,7 +60,8 @@ def check_stored(store: Store, *more: Signed) -> Checked:
         size = session.scalar(select(AuditHead.size))
         if size != len(documents):
             raise _differs(len(documents), f"{size} entries")
-        checked = check_log(store.federation, documents, [*_signed(session), *more], lambda _: key)
+        believed = keys.keyring(session, store.signer)
+        checked = check_log(store.federation, documents, [*_signed(session), *more], believed)
         root = Frontier.of(checked.size, audit.subtree_of(session)).root().hex()
     if root != checked.root:
         raise _differs(0, f"root {checked.root}")

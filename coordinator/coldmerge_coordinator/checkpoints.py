@@ -14,7 +14,7 @@ from coldmerge.core.errors import ConflictError, NotFoundError
 from coldmerge.core.evidence import AuditCheckpoint, Latest
 from coldmerge.core.merkle import Frontier, consistency_proof, inclusion_proof
 from coldmerge_coordinator import audit
-from coldmerge_coordinator.store import Store, models
+from coldmerge_coordinator.store import Store, keys, models
 from coldmerge_coordinator.store.models import AuditHead, AuditLeaf, AuditNode, Release
 from coldmerge_coordinator.store.releases import Signer, get_record
 
@@ -53,6 +53,7 @@ def checkpoint(session: Session, signer: Signer, now: datetime, lifetime: timede
 
     The head is locked first: a release that is not in the log yet is not in it either.
     """
+    newest = keys.latest(session)
     head = audit.begun_head(session, now)
     signed = signer.sign(
         AuditCheckpoint(
@@ -60,7 +61,7 @@ def checkpoint(session: Session, signer: Signer, now: datetime, lifetime: timede
             size=head.size,
             root=Frontier.of(head.size, audit.subtree_of(session)).root().hex(),
             releases=_latest(session),
-            key=0,
+            key=0 if newest is None else newest.number,
             issued_at=now,
             expires_at=now + lifetime,
         )

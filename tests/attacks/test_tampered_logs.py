@@ -18,11 +18,13 @@ from coldmerge.core.audit_file import AuditFile, parse_audit_file
 from coldmerge.core.documents import Receipt, ReleaseRecord, Signed, sign
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.core.evidence import AuditCheckpoint, AuditEntry, Latest
+from coldmerge.core.keys import KeyStatement
 from coldmerge.core.merkle import merkle_root
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-PUBLIC = {0: KEY.public_key().public_bytes_raw()}
+OLDER = Ed25519PrivateKey.from_private_bytes(bytes(32))
+PUBLIC = KEY.public_key().public_bytes_raw().hex()
 HOUR = timedelta(hours=1)
 
 
@@ -75,6 +77,18 @@ def leaves(count: int, seed: int) -> list[bytes]:
     return found
 
 
+def statements() -> list[Signed]:
+    """The key was exchanged once, and takes over from one that signed nothing here."""
+    said = KeyStatement(
+        federation="fed",
+        number=1,
+        public_key=PUBLIC,
+        previous=OLDER.public_key().public_bytes_raw().hex(),
+        created_at=NOW,
+    )
+    return [sign(said, OLDER), sign(said, KEY)]
+
+
 def head(entries: list[bytes], size: int) -> Signed:
     records = [ReleaseRecord.parse(raw) for raw in entries[:size] if b"coldmerge.release/1" in raw]
     newest = {one.model: Latest(number=one.number, record_digest=one.digest()) for one in records}
@@ -97,7 +111,7 @@ def head(entries: list[bytes], size: int) -> Signed:
 def honest(seed: int, count: int = 40) -> AuditFile:
     entries = leaves(count, seed)
     sizes = sorted({*random.Random(seed).sample(range(1, count), 4), count})
-    return AuditFile("fed", dict(PUBLIC), [head(entries, size) for size in sizes], entries)
+    return AuditFile("fed", PUBLIC, statements(), [head(entries, size) for size in sizes], entries)
 
 
 def check(lines: list[bytes], kept: Signed) -> None:
@@ -127,7 +141,7 @@ def drop_and_renumber(lines: Lines, draw: random.Random) -> Lines:
     size = draw.randrange(len(file.entries))
     heads = [one for one in file.checkpoints if AuditCheckpoint.parse(one.document).size <= size]
     last = AuditCheckpoint.parse(heads[-1].document).size if heads else 0
-    return list(AuditFile("fed", file.keys, heads, file.entries[:last]).lines())
+    return list(AuditFile("fed", PUBLIC, file.statements, heads, file.entries[:last]).lines())
 
 
 def reorder(lines: Lines, draw: random.Random) -> Lines:
@@ -157,7 +171,7 @@ def swap_signatures(lines: Lines, draw: random.Random) -> Lines:
         Signed(heads[a].document, heads[b].signature),
         Signed(heads[b].document, heads[a].signature),
     )
-    return list(AuditFile("fed", file.keys, heads, file.entries).lines())
+    return list(AuditFile("fed", PUBLIC, file.statements, heads, file.entries).lines())
 
 
 def checkpoint_of_another_log(lines: Lines, draw: random.Random) -> Lines:
@@ -167,7 +181,7 @@ def checkpoint_of_another_log(lines: Lines, draw: random.Random) -> Lines:
     heads = list(file.checkpoints)
     at = draw.randrange(len(heads))
     heads[at] = head(other, AuditCheckpoint.parse(heads[at].document).size)
-    return list(AuditFile("fed", file.keys, heads, file.entries).lines())
+    return list(AuditFile("fed", PUBLIC, file.statements, heads, file.entries).lines())
 
 
 def rewrite_an_entry(lines: Lines, draw: random.Random) -> Lines:
@@ -184,7 +198,7 @@ def rewrite_an_entry(lines: Lines, draw: random.Random) -> Lines:
         ids={},
         detail={"code": "made.up", "nonce": draw.randrange(10**9)},
     ).canonical()
-    return list(AuditFile("fed", file.keys, file.checkpoints, entries).lines())
+    return list(AuditFile("fed", PUBLIC, file.statements, file.checkpoints, entries).lines())
 
 
 ATTACKS: tuple[Callable[[Lines, random.Random], Lines], ...] = (

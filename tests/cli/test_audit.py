@@ -19,6 +19,7 @@ from coldmerge.wire.calls import call
 from coldmerge.wire.v1 import admin_pb2
 from coldmerge_client import enrol
 from coldmerge_client.home import Home
+from coldmerge_coordinator.rotation import rotate_signing
 from coldmerge_coordinator.store.models import AuditLeaf
 from tests.harness import Live, coordinator, deltas
 
@@ -131,3 +132,18 @@ def test_receipts_are_checked_offline_and_against_the_log(
     assert online["position"] > 0
     error = fails(ColdmergeError, "receipt", "verify", "--all", "--home", home.path)
     assert error.code == "document.bad_signature"
+
+
+def test_the_log_outlives_its_signing_key(live: Live, auditor: Home, tmp_path: Path) -> None:
+    run("audit", "verify", "--home", auditor.path)
+    before = auditor.checkpoint()
+    rotate_signing(live.folder)
+    live.token("after-the-rotation")
+    file = tmp_path / "log.jsonl"
+    run("audit", "export", file, "--home", auditor.path)
+    run("audit", "verify", file, "--checkpoint", auditor.path)
+    assert before is not None
+    assert auditor.checkpoint() != before
+    run("audit", "export", file, "--dir", live.folder)
+    run("audit", "verify", file, "--checkpoint", auditor.path)
+    run("audit", "verify", "--dir", live.folder)
