@@ -119,3 +119,45 @@ def rollback(
             admin_pb2.RollbackRequest(model=model, number=number, reason=reason),
         )
     print_record(release_row(message), fmt)
+
+
+@group.command(epilog="Example: coldmerge release verify triage 3 --dir ./hub --format json")
+def verify(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    number: Annotated[
+        int | None, typer.Argument(min=0, help="Number of the release. Default: the latest.")
+    ] = None,
+    folder: DirOption = DEFAULT_DIR,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Where to merge. Default: the system's temporary folder.")
+    ] = None,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Check a release's signatures and bytes, and merge its contributions again.
+
+    Answers exact, within-tolerance, inputs-erased or different (exit status 10).
+    """
+    import tempfile
+
+    from coldmerge_coordinator.store import Store
+    from coldmerge_coordinator.verifying import verify_release
+
+    place = scratch or Path(tempfile.gettempdir())
+    with Store.open(coordinator_folder(folder)) as store, bars(fmt) as progress:
+        found = verify_release(store, model, number, place, progress=progress)
+    print_record(
+        {
+            "model": found.model,
+            "release": found.number,
+            "answer": found.answer,
+            "merged": found.merged,
+            "signatures": f"{found.signatures[0]} of {found.signatures[1]}",
+            "largest_difference": found.largest,
+            "erased": found.erased,
+            "problems": found.problems,
+            "note": found.note,
+        },
+        fmt,
+    )
+    if found.answer == "different":
+        raise typer.Exit(10)
