@@ -14,6 +14,8 @@ demo: .venv  ## the whole loop on this machine: DEMO="--rounds 2" passes options
 
 test: .venv lint  ## lint, types, floors, and every test that is not marked slow
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --database postgresql \
+	  tests/coordinator tests/attacks $(TEST)
 
 test-all: .venv lint  ## the same, with the slow tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST)

@@ -194,6 +194,12 @@ class Server:
             for statement in statements:
                 connection.execute(statement)
 
+    def ask(self, query: str) -> Any:
+        """The one value that a query of the server's admin gives."""
+        with psycopg.connect(self.dsn(ADMIN), autocommit=True) as connection:
+            row = connection.execute(query).fetchone()
+        return row[0] if row else None
+
     def create(self, template: str = "template0") -> str:
         """A new database, a copy of `template`: its name."""
         name = f"test_{secrets.token_hex(6)}"

@@ -30,14 +30,14 @@ _SETUP = {
 }
 _CONNECTING = {
     # libpq gives no code for what fails before there is a connection, only the server's words.
-    "password authentication failed": "28P01",
-    "no password supplied": "28P01",
-    "no pg_hba.conf entry": "28000",
-    "role ": "28000",
     "too many clients already": "53300",
     "too many connections": "53300",
     "connection slots": "53300",
-    "database ": "3D000",
+    "password authentication failed": "28P01",
+    "no password supplied": "28P01",
+    "no pg_hba.conf entry": "28000",
+    'role "': "28000",
+    'database "': "3D000",
 }
 _HINTS = {
     "store.login_refused": "Correct `database_url` in config.yaml, or the server's pg_hba.conf.",
