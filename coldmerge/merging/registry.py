@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import sys
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from coldmerge.core.errors import ConfigError
@@ -63,7 +65,17 @@ def merger(name: str, **parameters: Any) -> Merger:
 
 def method_names() -> list[str]:
     """Every merge method there is, sorted."""
-    return sorted({*_ours(), *(entry.name for entry in entry_points(group=GROUP))})
+    return sorted({*_ours(), *(entry.name for entry in _points())})
+
+
+def _points() -> tuple[EntryPoint, ...]:
+    return _points_on(tuple(sys.path))
+
+
+@cache
+def _points_on(_path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Looking for them opens a file of every installed package: once for each search path."""
+    return tuple(entry_points(group=GROUP))
 
 
 def _modules() -> dict[str, str]:
@@ -95,7 +107,7 @@ def _mergers_in(module: str) -> dict[str, type[Merger]]:
 
 def _plugins(name: str) -> dict[str, type[Merger]]:
     found = {}
-    for entry in entry_points(group=GROUP, name=name):
+    for entry in (point for point in _points() if point.name == name):
         try:
             loaded = entry.load()
             sound = issubclass(loaded, Merger) and loaded.name == name
