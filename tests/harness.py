@@ -44,6 +44,7 @@ from coldmerge.wire.v1 import (
     enrolment_pb2_grpc,
     models_pb2_grpc,
     rounds_pb2_grpc,
+    screening_pb2_grpc,
 )
 from coldmerge_coordinator import config as settings
 from coldmerge_coordinator import setup
@@ -221,6 +222,7 @@ class MachineClient:
         self.rounds: Any = rounds_pb2_grpc.RoundsStub(self.channel)  # type: ignore[no-untyped-call]
         self.admin: Any = admin_pb2_grpc.AdminStub(self.channel)  # type: ignore[no-untyped-call]
         self.audit: Any = audit_pb2_grpc.AuditStub(self.channel)  # type: ignore[no-untyped-call]
+        self.screening: Any = screening_pb2_grpc.ScreeningStub(self.channel)  # type: ignore[no-untyped-call]
         self.contributions: Any = contributions_pb2_grpc.ContributionsStub(  # type: ignore[no-untyped-call]
             self.channel
         )

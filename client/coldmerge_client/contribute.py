@@ -36,10 +36,14 @@ from coldmerge_client.session import Session
 from coldmerge_client.train import forget, train
 from coldmerge_client.training.config import TrainConfig
 
-Kind = Literal["waiting", "training", "sending", "sent", "skipped", "evaluating", "evaluated"]
+Kind = Literal[
+    "waiting", "training", "sending", "sent", "held", "skipped", "evaluating", "evaluated"
+]
 _State = common_pb2.Round
 _ENDED = frozenset({_State.PUBLISHED, _State.REJECTED, _State.ABANDONED})
-_ADMITTED = contributions_pb2.Contribution.ADMITTED
+_Standing = contributions_pb2.Contribution
+_ARRIVED = frozenset({_Standing.ADMITTED, _Standing.QUARANTINED, _Standing.REFUSED})
+"""What is not sent again: it counts, or an admin looks at it, or has."""
 _NOT_APPROVED = "not approved"
 
 
@@ -155,8 +159,10 @@ class _Loop:
             self.part_of.add(round_.id)
             return True
         mine = self.session.contributions(self.model, "" if round_.remerge else round_.id)
-        if any(contribution.state == _ADMITTED for contribution in mine):
+        arrived = [each for each in mine if each.state in _ARRIVED]
+        if arrived:
             self.part_of.add(round_.id)
+            self._tell_standing(arrived[0], round_)
         return round_.id in self.part_of
 
     def _declined(self, round_: common_pb2.Round) -> bool:
@@ -203,7 +209,7 @@ class _Loop:
             )
         self._tell("sending", f"Sending {entry.manifest.payload_bytes} bytes", round_)
         try:
-            send(
+            entry = send(
                 session,
                 entry,
                 policy=terms.policy,
@@ -217,6 +223,17 @@ class _Loop:
             return
         self.part_of.add(round_.id)
         self._tell("sent", "The contribution is durable at the coordinator", round_)
+        if entry.receipt is not None:
+            self._tell_standing(session.contribution(entry.receipt.contribution), round_)
+
+    def _tell_standing(
+        self, found: contributions_pb2.Contribution, round_: common_pb2.Round
+    ) -> None:
+        if found.state == _Standing.QUARANTINED:
+            text = f"It does not count before an admin accepts it: {found.reason}"
+            self._tell("held", text, round_)
+        elif found.state == _Standing.REFUSED:
+            self._tell("held", f"An admin left it out of this round: {found.reason}", round_)
 
     def _give_up(self, round_: common_pb2.Round, reason: str) -> None:
         entry = self.outbox.for_round(round_.id)

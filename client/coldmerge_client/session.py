@@ -371,6 +371,13 @@ class Session:
         request = contributions_pb2.ListContributionsRequest(model=model, round=round_id)
         return tuple(self._ask(self._contributions, "List", request).contributions)
 
+    def contribution(self, identifier: str) -> contributions_pb2.Contribution:
+        """One of our organization's contributions."""
+        answer: contributions_pb2.Contribution = self._ask(
+            self._contributions, "Get", contributions_pb2.GetContributionRequest(id=identifier)
+        )
+        return answer
+
     def withdraw(self, contribution: str) -> contributions_pb2.Contribution:
         """Take a contribution back while its round is open."""
         answer: contributions_pb2.Contribution = self._ask(

@@ -25,8 +25,9 @@ def withdraw(
         return _noted(session, session.withdraw(contribution))
     found = open_round(session, model)
     ours = session.contributions(model, found.id)
-    admitted = [each for each in ours if each.state == contributions_pb2.Contribution.ADMITTED]
-    if not admitted:
+    states = {contributions_pb2.Contribution.ADMITTED, contributions_pb2.Contribution.QUARANTINED}
+    there = [each for each in ours if each.state in states]
+    if not there:
         raise NotFoundError(
             "withdraw.nothing_there",
             f"We have no contribution in the open round of {model}.",
@@ -34,7 +35,7 @@ def withdraw(
             model=model,
             round=found.id,
         )
-    return _noted(session, session.withdraw(admitted[0].id))
+    return _noted(session, session.withdraw(there[0].id))
 
 
 def _noted(

@@ -20,6 +20,7 @@ from coldmerge.cli import (
     people,
     releases,
     rounds,
+    screening,
     weights,
 )
 from coldmerge.cli.output import Format, fail, out
@@ -42,6 +43,7 @@ _GROUPS = (
     models,
     people,
     rounds,
+    screening,
     releases,
     contributor,
     contributions,

@@ -192,7 +192,11 @@ def push(
             entry = Outbox(session.home).mark(entry, approved=True)
         with bars(fmt) as progress:
             entry = send(session, entry, policy=policy, progress=progress)
+        standing = session.contribution(entry.receipt.contribution) if entry.receipt else None
     _print_leaving(describe(entry), fmt, sent=True)
+    if standing is not None and standing.reason:
+        state = type(standing).State.Name(standing.state)
+        err.print(f"[yellow]{state}:[/yellow] {standing.reason}", highlight=False)
 
 
 def _tuned(home: Home, release: Any, source: Path | None, examples: int) -> tuple[Path, Any]:

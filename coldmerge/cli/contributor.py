@@ -195,6 +195,12 @@ def status(
         models = session.models()
         newest = [(model, session.newest_round(model.name)) for model in models]
         member = session.member
+        sent = [
+            {"round": each.round, "state": type(each).State.Name(each.state), "reason": each.reason}
+            for model, found in newest
+            if found is not None and member.role != "evaluator"
+            for each in session.contributions(model.name, found.id)
+        ]
     rounds = [
         {
             "model": model.name,
@@ -223,7 +229,14 @@ def status(
         who = {"contributor": member.contributor, "machine": member.machine, "role": member.role}
         size_of_log = checkpoint.size if checkpoint else None
         print_json(
-            {**who, "models": rounds, "outbox": waiting, "left": left, "audit_log": size_of_log}
+            {
+                **who,
+                "models": rounds,
+                "contributions": sent,
+                "outbox": waiting,
+                "left": left,
+                "audit_log": size_of_log,
+            }
         )
         return
     out.print(f"[bold]{member.contributor}[/bold] / {member.machine} in {member.federation}")
@@ -234,6 +247,8 @@ def status(
         highlight=False,
     )
     print_rows(rounds, fmt, empty="The federation has no model yet.")
+    out.print("\n[bold]Contributions[/bold] to these rounds")
+    print_rows(sent, fmt, empty="None.")
     out.print("\n[bold]Outbox[/bold]")
     print_rows(waiting, fmt, empty="Empty.")
     out.print("\n[bold]Everything that ever left[/bold] (signed, in sent.jsonl)")

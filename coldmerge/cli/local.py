@@ -35,6 +35,7 @@ class Local:
     admin: Any
     models: Any
     rounds: Any
+    screening: Any
 
 
 def coordinator_folder(folder: Path) -> Path:
@@ -108,10 +109,16 @@ def local(folder: Path) -> Iterator[Local]:
 
 
 def _stubs(channel: Any) -> Local:
-    from coldmerge.wire.v1 import admin_pb2_grpc, models_pb2_grpc, rounds_pb2_grpc
+    from coldmerge.wire.v1 import (
+        admin_pb2_grpc,
+        models_pb2_grpc,
+        rounds_pb2_grpc,
+        screening_pb2_grpc,
+    )
 
     return Local(
         admin_pb2_grpc.AdminStub(channel),  # type: ignore[no-untyped-call]
         models_pb2_grpc.ModelsStub(channel),  # type: ignore[no-untyped-call]
         rounds_pb2_grpc.RoundsStub(channel),  # type: ignore[no-untyped-call]
+        screening_pb2_grpc.ScreeningStub(channel),  # type: ignore[no-untyped-call]
     )

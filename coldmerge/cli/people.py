@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,15 +31,23 @@ class Role(StrEnum):
     ADMIN = "admin"
 
 
+organizations = typer.Typer(
+    help="List organizations with their machines, or show one's contributions.",
+    epilog="Example: coldmerge contributors --dir ./hub",
+    invoke_without_command=True,
+    rich_markup_mode="markdown",
+)
+
+
 def register(app: typer.Typer) -> None:
     """Add these verbs to the root command."""
     verbs: dict[Callable[..., None], str] = {
         invite: "coldmerge invite st-mary-hospital --ttl 48h --dir ./hub",
-        contributors: "coldmerge contributors --dir ./hub",
         revoke: "coldmerge revoke st-mary-hospital --machine gpu-2 --dir ./hub",
     }
     for verb, example in verbs.items():
         app.command(epilog=f"Example: {example}", rich_help_panel=PANEL)(verb)
+    app.add_typer(organizations, name="contributors", rich_help_panel=PANEL)
 
 
 def invite(
@@ -82,8 +91,16 @@ def invite(
     )
 
 
-def contributors(folder: DirOption = DEFAULT_DIR, fmt: FormatOption = Format.TABLE) -> None:
-    """List organizations with their machines: last seen, client version, contributions."""
+@organizations.callback()
+def contributors(
+    context: typer.Context, folder: DirOption = DEFAULT_DIR, fmt: FormatOption = Format.TABLE
+) -> None:
+    """List organizations with their machines, or show one's contributions."""
+    if context.invoked_subcommand is None:
+        _list_organizations(folder, fmt)
+
+
+def _list_organizations(folder: Path, fmt: Format) -> None:
     from coldmerge.wire.v1 import admin_pb2
 
     with local(folder) as coordinator:

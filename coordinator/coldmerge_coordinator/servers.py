@@ -21,6 +21,7 @@ from coldmerge.wire.v1 import (
     enrolment_pb2_grpc,
     models_pb2_grpc,
     rounds_pb2_grpc,
+    screening_pb2_grpc,
 )
 from coldmerge_coordinator.guard import Guard, LocalGuard, OpenGuard, PeerGuard
 from coldmerge_coordinator.identity import LEAF_LIFETIME, Authority
@@ -33,6 +34,7 @@ from coldmerge_coordinator.service.enrolment import EnrolmentService
 from coldmerge_coordinator.service.intake import Intake
 from coldmerge_coordinator.service.models import ModelsService
 from coldmerge_coordinator.service.rounds import RoundsService
+from coldmerge_coordinator.service.screening import ScreeningService
 from coldmerge_coordinator.service.uploads import sweep
 from coldmerge_coordinator.store import Store
 
@@ -145,6 +147,9 @@ class Servers:
     def _add_admin(self, server: Any) -> None:
         service = AdminService(self._backend, self._authority, self.addresses)
         admin_pb2_grpc.add_AdminServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        screening_pb2_grpc.add_ScreeningServicer_to_server(  # type: ignore[no-untyped-call]
+            ScreeningService(self._backend), server
+        )
 
     def _listen(self, server: Any, address: str, *, mutual: bool) -> str:
         credentials = self._certificate.credentials(mutual=mutual)

@@ -79,11 +79,6 @@ NOT_YET = frozenset(
         "Audit/Checkpoint",
         "Audit/Prove",
         "Audit/Read",
-        "Screening/ListQuarantine",
-        "Screening/Accept",
-        "Screening/Refuse",
-        "Screening/GetReport",
-        "Screening/GetHistory",
     }
 )
 """In the contract, and perhaps not served yet: whoever may call them may learn that."""

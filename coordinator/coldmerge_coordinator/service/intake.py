@@ -17,6 +17,7 @@ from coldmerge.core.errors import (
     ConfigError,
     ConflictError,
     ResourceError,
+    TaskVectorError,
     UnavailableError,
 )
 from coldmerge.rounds import state
@@ -32,6 +33,7 @@ from coldmerge_coordinator.service.rules import (
     replayed,
     unknown,
 )
+from coldmerge_coordinator.service.screens import quarantine, reason_to_wait
 from coldmerge_coordinator.service.uploads import (
     LiveUpload,
     contribution_id,
@@ -51,6 +53,9 @@ from coldmerge_coordinator.store import (
 )
 from coldmerge_coordinator.store.models import Contribution, Round, Upload
 from coldmerge_coordinator.store.room import check_room
+
+Counted = tuple[Contribution, list[Contribution]]
+"""A contribution that was counted, or waits, and those that it takes the place of."""
 
 
 class Intake:
@@ -274,21 +279,22 @@ class Intake:
             live.close()
         self._live.pop(identifier, None)
         self._store.payloads.forget(identifier)
-        if replaced is not None:
-            self._store.payloads.remove([replaced.payload])
+        self._store.payloads.remove([older.payload for older in replaced])
         return row
 
-    def _finish(self, who: Caller, live: LiveUpload) -> tuple[Contribution, Contribution | None]:
+    def _finish(self, who: Caller, live: LiveUpload) -> Counted:
         norm = live.finish()
         try:
             return self._count(live, norm)
-        except Exception:
+        except Exception as error:
             # The answer of a commit can be lost: a row that is there must keep its file.
             done = self._committed(who, live.id)
             if done is None:
                 live.unfinish()
+                if isinstance(error, TaskVectorError):
+                    live.discard()
                 raise
-            return done, None
+            return done, []
 
     def _committed(self, who: Caller, identifier: str) -> Contribution | None:
         counted = contribution_id(identifier.removeprefix("upload-"))
@@ -296,23 +302,31 @@ class Intake:
             row = session.get(Contribution, counted)
         return row if row is not None and row.contributor == who.contributor else None
 
-    def _count(self, live: LiveUpload, norm: float) -> tuple[Contribution, Contribution | None]:
+    def _count(self, live: LiveUpload, norm: float) -> Counted:
         now, signer = self._clock.now(), self._store.signer
         with self._store.database.write() as session:
             refuse_revoked(*people.share(session, live.contributor, live.machine))
             row = rounds.get(session, live.round, lock=True)
             check_open(row)
             older = check_second(session, row, live.contributor)
-            if older is not None:
-                older.state = contributions.REPLACED
-                session.flush()
+            waits = reason_to_wait(session, row, live.manifest, norm)
+            if waits is not None:  # what is admitted stays, until an admin accepts this one
+                older = [each for each in older if each.state == contributions.QUARANTINED]
+            for each in older:
+                each.state = contributions.REPLACED
+            session.flush()
             upload = session.get_one(Upload, live.id)
             counted = self._contribution(live, upload, norm, row.model)
+            if waits is not None:
+                counted.state = contributions.QUARANTINED
             session.add(counted)
             session.delete(upload)
             session.flush()
             contribution_log.admitted(session, counted, older, live.actor, now)
-            rounds.apply(session, row, state.Contributed(), now, signer, actor=live.actor)
+            if waits is None:
+                rounds.apply(session, row, state.Contributed(), now, signer, actor=live.actor)
+            else:
+                quarantine(session, row, counted, waits, live.actor, now)
             return counted, older
 
     def _contribution(

@@ -53,19 +53,19 @@ def check_open(row: Round) -> None:
         )
 
 
-def check_second(session: Session, row: Round, contributor: str) -> Contribution | None:
-    """The admitted contribution that another one of the same contributor would replace.
+def check_second(session: Session, row: Round, contributor: str) -> list[Contribution]:
+    """The contributions that another one of the same contributor would replace.
 
     Raises:
         ConflictError: the round's policy refuses a second one.
     """
-    older = contributions.admitted_of(session, row.id, contributor)
-    if older is not None and rounds.get_policy(row).second_contribution == "refuse":
+    older = contributions.live_of(session, row.id, contributor)
+    if older and rounds.get_policy(row).second_contribution == "refuse":
         raise ConflictError(
             "contribution.second",
             f"{contributor} has contributed to round {row.id} already.",
             expected="one contribution per organization",
-            got=f"{older.id}, accepted {older.accepted_at.isoformat()}",
+            got=f"{older[0].id}, accepted {older[0].accepted_at.isoformat()}",
             hint="Take that one back with `coldmerge withdraw`, or wait for the next round.",
             round=row.id,
         )

@@ -28,7 +28,7 @@ from coldmerge_coordinator.store.models import Contribution, Upload
 
 FLUSH_BYTES = 16 * 2**20
 _DIGITS = 48
-_WITHOUT_FILE = ("REPLACED", "WITHDRAWN")
+_WITHOUT_FILE = ("REPLACED", "WITHDRAWN", "REFUSED")
 
 
 def upload_id(manifest_digest: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from sqlalchemy.orm import Session
@@ -12,12 +13,16 @@ from coldmerge_coordinator.store.models import Contribution
 
 
 def admitted(
-    session: Session, row: Contribution, replaced: Contribution | None, actor: str, now: datetime
+    session: Session,
+    row: Contribution,
+    replaced: Sequence[Contribution],
+    actor: str,
+    now: datetime,
 ) -> None:
     """Log an admission: the receipt as it was signed, and what it takes the place of."""
     audit.append_receipt(session, Receipt.parse(row.receipt))
-    if replaced is not None:
-        about(session, "contribution.replaced", replaced, actor, now, by=row.id)
+    for older in replaced:
+        about(session, "contribution.replaced", older, actor, now, by=row.id)
 
 
 def about(

@@ -14,6 +14,7 @@ from coldmerge_coordinator.store.models import Contribution, Round
 ADMITTED, REPLACED, WITHDRAWN = "ADMITTED", "REPLACED", "WITHDRAWN"
 QUARANTINED, REFUSED = "QUARANTINED", "REFUSED"
 """Durable and acknowledged, but not merged: until an admin accepts it, or since one refused it."""
+WAITING_OR_ADMITTED = (ADMITTED, QUARANTINED)
 
 
 def get(session: Session, contribution_id: str) -> Contribution:
@@ -53,6 +54,21 @@ def admitted_of(session: Session, round_id: str, contributor: str) -> Contributi
             Contribution.state == ADMITTED,
         )
     ).one_or_none()
+
+
+def live_of(session: Session, round_id: str, contributor: str) -> list[Contribution]:
+    """The contributor's contributions to the round that count, or wait, oldest first."""
+    return list(
+        session.scalars(
+            select(Contribution)
+            .where(
+                Contribution.round == round_id,
+                Contribution.contributor == contributor,
+                Contribution.state.in_(WAITING_OR_ADMITTED),
+            )
+            .order_by(Contribution.accepted_at, Contribution.id)
+        )
+    )
 
 
 def by_manifest(session: Session, manifest_digest: str) -> Contribution | None:
