@@ -131,6 +131,8 @@ def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
     if children is None:
         yield path, command
         return
+    if command.invoke_without_command:
+        yield path, command
     for name in sorted(children):
         yield from _commands(children[name], (*path, name))
 

@@ -83,13 +83,25 @@ def command_tree() -> dict[str, set[str]]:
     root = typer.main.get_command(app)
     assert isinstance(root, click.Group)
     return {
-        name: set(command.commands) if isinstance(command, click.Group) else set()
+        name: _verbs(command) if isinstance(command, click.Group) else set()
         for name, command in root.commands.items()
     }
 
 
+def _verbs(group: click.Group) -> set[str]:
+    return {*group.commands, *([""] if group.invoke_without_command else [])}
+
+
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/errors.md", "docs/merging.md", "docs/rounds.md", "docs/training.md"]
+    "page",
+    [
+        "README.md",
+        "docs/errors.md",
+        "docs/merging.md",
+        "docs/rounds.md",
+        "docs/screening.md",
+        "docs/training.md",
+    ],
 )
 def test_every_command_that_is_named_exists(page: str) -> None:
     tree = command_tree()
