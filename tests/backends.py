@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from coldmerge_coordinator import config as settings
-from coldmerge_coordinator.store.database import migrate
+from coldmerge_coordinator.store.database import Database, migrate
 from tests import s3
 from tests.postgres import Server
 
@@ -148,3 +149,10 @@ def replica(folder: Path, target: Path, *, ports: Sequence[int] = (0, 0)) -> Pat
     values = {"database_url": config.database_in(folder), "listen": api, "enrol_listen": enrol}
     settings.save(config.model_copy(update=values), target)
     return target
+
+
+def query(folder: Path, statement: str, **values: object) -> list[tuple[Any, ...]]:
+    """What the database of a coordinator says, served or not."""
+    url = settings.load(folder).database_in(folder)
+    with closing(Database(url)) as database, database.read() as session:
+        return [tuple(row) for row in session.execute(text(statement), values)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from itertools import count
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.backends import query
 from tests.federation import Federation, Org
 from tests.support import until
 from tests.tiny import write_bert, write_texts
@@ -147,10 +147,9 @@ def no_gate(folder: Path) -> Path:
 
 def stored_contributions(hub: Path) -> list[dict[str, torch.Tensor]]:
     """The task vectors on the coordinator's disk, in the order of their manifest digests."""
-    with sqlite3.connect(hub / "coldmerge.db") as database:
-        rows = database.execute(
-            "SELECT payload FROM contribution WHERE state = 'ADMITTED' ORDER BY manifest_digest"
-        ).fetchall()
+    rows = query(
+        hub, "SELECT payload FROM contribution WHERE state = 'ADMITTED' ORDER BY manifest_digest"
+    )
     return [load_file(hub / "contributions" / payload) for (payload,) in rows]
 
 
@@ -160,16 +159,13 @@ def stored_release(
     """Published and master tensors of a release, read from the blobs by their digests."""
     import json
 
-    with sqlite3.connect(hub / "coldmerge.db") as database:
-        (content, master) = database.execute(
-            "SELECT content_digest, master_digest FROM release WHERE number = ?", (number,)
-        ).fetchone()
-        (listing,) = database.execute(
-            "SELECT listing FROM content WHERE digest = ?", (content,)
-        ).fetchone()
-        (masters,) = database.execute(
-            "SELECT tensors FROM master WHERE digest = ?", (master,)
-        ).fetchone()
+    ((listing, masters),) = query(
+        hub,
+        "SELECT CAST(listing AS text), CAST(tensors AS text) FROM release "
+        "JOIN content ON content.digest = content_digest "
+        "JOIN master ON master.digest = master_digest WHERE number = :number",
+        number=number,
+    )
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
     published, full = {}, {}
     for entry in json.loads(listing)["tensors"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import subprocess
 from functools import partial
 from itertools import count
@@ -13,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.backends import query
 from tests.e2e.test_loop import fine_tune, serve_model, stored_release
 from tests.federation import COLDMERGE, Federation, Hub, environment
 from tests.support import until
@@ -67,12 +67,12 @@ def has_release(hub: Hub, number: int) -> bool:
 
 def stored_taus(hub: Path, number: int) -> list[dict[str, torch.Tensor]]:
     """The task vectors of release `number` on the coordinator's disk, by manifest digest."""
-    with sqlite3.connect(hub / "coldmerge.db") as database:
-        rows = database.execute(
-            "SELECT payload FROM contribution JOIN round ON round.id = contribution.round "
-            "WHERE release_number = ? ORDER BY manifest_digest",
-            (number,),
-        ).fetchall()
+    rows = query(
+        hub,
+        "SELECT payload FROM contribution JOIN round ON round.id = contribution.round "
+        "WHERE release_number = :number ORDER BY manifest_digest",
+        number=number,
+    )
     assert len(rows) == 3
     return [load_file(hub / "contributions" / payload) for (payload,) in rows]
 

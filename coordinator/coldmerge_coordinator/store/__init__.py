@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from sqlalchemy import select
 
 from coldmerge.core.errors import ConfigError, ConflictError
 from coldmerge.core.files import fsync_path, make_folder
@@ -17,6 +18,8 @@ from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.bucket import Bucket, split_url
 from coldmerge_coordinator.store.cache import Cache
 from coldmerge_coordinator.store.database import HEAD, Database, migrate, schema_revision
+from coldmerge_coordinator.store.engine import shown
+from coldmerge_coordinator.store.models import Contributor, Model
 from coldmerge_coordinator.store.payloads import Payloads, S3Payloads
 from coldmerge_coordinator.store.releases import Signer
 from coldmerge_coordinator.store.s3_blobs import S3Blobs
@@ -59,7 +62,7 @@ class Store:
         """Lay out `folder` (which may hold keys already) and an empty database.
 
         Raises:
-            ConflictError: there is a coordinator in it.
+            ConflictError: there is a coordinator in it, or in the database.
         """
         if (folder / settings.FILE_NAME).exists():
             raise ConflictError(
@@ -69,6 +72,7 @@ class Store:
             )
         lay_out(folder)
         migrate(config.database_in(folder))
+        _check_empty(config.database_in(folder))
         settings.save(config, folder)
         return cls(folder, config)
 
@@ -143,6 +147,20 @@ def lay_out(folder: Path) -> None:
     make_folder(folder)
     for name in _FOLDERS:
         make_folder(folder / name)
+
+
+def _check_empty(url: str) -> None:
+    with closing(Database(url)) as database, database.read() as session:
+        taken = any(
+            session.scalars(select(table).limit(1)).first() for table in (Model, Contributor)
+        )
+    if taken:
+        raise ConflictError(
+            "store.database_taken",
+            f"There is already a coordinator in the database {shown(url)}.",
+            expected="a database without contributors and models",
+            hint="Give it a database of its own; a replica is made as docs/replicas.md says.",
+        )
 
 
 def _load_key(path: Path) -> Ed25519PrivateKey:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from coldmerge.core.errors import ConfigError, ConflictError
 from coldmerge_coordinator.config import CoordinatorConfig
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store.database import downgrade
+from coldmerge_coordinator.store.models import Contributor
 from tests.backends import on_postgresql
 
 
@@ -80,3 +82,13 @@ def test_a_missing_signing_key_is_said(folder: Path) -> None:
     with Store.open(folder) as store, pytest.raises(ConfigError) as caught:
         _ = store.signer
     assert caught.value.code == "store.no_signing_key"
+
+
+def test_a_database_that_is_taken_is_refused(folder: Path, tmp_path: Path) -> None:
+    with Store.open(folder) as store, store.database.write() as session:
+        session.add(Contributor(name="a", role="contributor", created_at=datetime.now(UTC)))
+        url = store.database_url
+    with pytest.raises(ConflictError) as caught:
+        Store.create(tmp_path / "other", CoordinatorConfig(federation="o", database_url=url))
+    assert caught.value.code == "store.database_taken"
+    assert not (tmp_path / "other" / "config.yaml").exists()
