@@ -430,3 +430,19 @@ def test_data_that_cannot_be_used_ends_the_loop(
     coordinator.open_round()
     with pytest.raises(DataError):
         run(a)
+
+
+def test_a_quarantined_contribution_is_told_and_not_sent_again(
+    coordinator: Coordinator, members: Any
+) -> None:
+    screening = {"reference_norm": 1e-6, "smallest": 0.1}
+    coordinator.open_round(min_contributions=1, gate=GATE, screening=screening, duration="1h")
+    member = members("org-a", 1)
+    member.start()
+    until("it to wait", lambda: "held" in member.kinds(), 60)
+    assert "times the round's reference norm" in next(
+        step.text for step in member.steps if step.kind == "held"
+    )
+    (mine,) = member.session.contributions("m")
+    assert mine.state == type(mine).QUARANTINED
+    assert member.kinds().count("sending") == 1

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from coldmerge.core.documents import Statistic
+from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import releases
 from coldmerge_coordinator.worker import run_once
 
@@ -153,3 +154,22 @@ def test_the_report_compares_what_was_merged(bench: Bench) -> None:
         wide = vector.astype(np.float64).ravel()
         cosine = wide @ merged / np.linalg.norm(wide) / np.linalg.norm(merged)
         assert rows[name]["cosine_to_merged"] == pytest.approx(cosine, abs=1e-5)
+
+
+def test_a_re_merge_clips_as_the_round_did_and_its_record_says_so(bench: Bench) -> None:
+    add_model(bench)
+    loud, honest = random(4, 1000.0), [random(2), random(3)]
+    round_id = play(bench, *honest, loud)
+    factors = screened(bench, round_id)["factors"]
+    clipped = {digest: factor for digest, factor in factors.items() if factor != 1.0}
+    again = admin.remerge(bench.store, "m", ("org-0",), "left", bench.clock.now()).id
+    assert run_once(bench.store, bench.clock)
+    assert bench.round(again).state == "PUBLISHED", bench.round(again).reason
+    ((digest, factor),) = clipped.items()
+    recipe = releases.get_record(bench.release()).recipe
+    assert recipe[f"screening.factor.{digest}"] == factor
+    kept = [honest[1].astype(np.float64), loud.astype(np.float64) * factor]
+    expected = (bench.masters(bench.release(0))["w"] + np.sum(kept, axis=0).ravel() / 2).astype(
+        "f4"
+    )
+    np.testing.assert_allclose(bench.masters(bench.release())["w"], expected, rtol=1e-6, atol=1e-9)

@@ -304,7 +304,8 @@ def _publish(
         how = recipe(get_policy(row), row) | trials.note(row)
     else:
         parent = releases.get_release(session, row.model, again.start).content_digest
-        how, flags = again.recipe(), (*flags, "remerged")
+        how = again.recipe() | screening.in_replay(session, row)
+        flags = (*flags, "remerged")
     return releases.publish(
         session,
         signer,

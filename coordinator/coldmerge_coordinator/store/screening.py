@@ -91,11 +91,22 @@ def in_recipe(row: Round, policy: RoundPolicy) -> Recipe:
     }
     if statistics_for(policy.merge) & BOUNDED:
         found["screening.statistics"] = policy.screening.statistics
-    kept = set(contributions.kept(row))
-    for digest, factor in sorted(known.get("factors", {}).items()):
-        if factor != 1.0 and digest in kept:
-            found[f"screening.factor.{digest}"] = factor
-    return found
+    factors = known.get("factors", {})
+    return found | _clipped({key: factors.get(key, 1.0) for key in contributions.kept(row)})
+
+
+def in_replay(session: Session, row: Round) -> Recipe:
+    """What a release record says about the inputs that a re-merge clipped, as their rounds did."""
+    query = select(Contribution).where(Contribution.manifest_digest.in_(contributions.kept(row)))
+    return _clipped(factors_of(session, list(session.scalars(query))))
+
+
+def _clipped(factors: Factors) -> Recipe:
+    return {
+        f"screening.factor.{digest}": factor
+        for digest, factor in sorted(factors.items())
+        if factor != 1.0
+    }
 
 
 def note_likeness(session: Session, row: Round, inner: Inner | None) -> None:
