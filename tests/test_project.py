@@ -68,6 +68,7 @@ def test_no_message_could_carry_private_data(module: object) -> None:
         *("SignedDocument.document", "SignedDocument.signature", "Chunk.data"),
         *("EnrolRequest.csr_der", "EnrolRequest.identity_public_key", "EnrolRequest.proof"),
         *("EnrolResponse.certificate_chain_pem", "EnrolResponse.signing_public_key"),
+        *("RenewRequest.new_identity_public_key", "RenewRequest.new_proof"),
         *("RenewRequest.csr_der", "RenewRequest.proof", "RenewResponse.certificate_chain_pem"),
     }
     for message in module.DESCRIPTOR.message_types_by_name.values():  # type: ignore[attr-defined]

@@ -25,10 +25,10 @@ from coldmerge.core.files import existing
 from coldmerge.wire.invitation import root_fingerprint
 from coldmerge.wire.version import PROTOCOL
 from coldmerge_client import sent_log
-from coldmerge_client.enrol import renew, validity
 from coldmerge_client.home import Home, Membership
 from coldmerge_client.outbox import Outbox
 from coldmerge_client.policy import SendPolicy
+from coldmerge_client.renewal import renew, validity
 from coldmerge_client.session import Session
 from coldmerge_client.training.config import DataConfig, TrainConfig
 

@@ -1,4 +1,4 @@
-"""Joining a federation, and keeping the certificate fresh.
+"""Joining a federation.
 
 Both keys are made on this machine and never leave it. The fingerprint that a person
 was told by another channel is compared before any connection is made.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -25,9 +24,8 @@ from coldmerge.core.errors import ConfigError, ConflictError, IntegrityError
 from coldmerge.core.ids import IDENTIFIER_RULE, is_identifier
 from coldmerge.wire.calls import OnRetry, call
 from coldmerge.wire.channel import secure_channel
-from coldmerge.wire.convert import timestamp
 from coldmerge.wire.invitation import Invitation
-from coldmerge.wire.proofs import enrol_message, renew_message
+from coldmerge.wire.proofs import enrol_message
 from coldmerge.wire.v1 import enrolment_pb2, enrolment_pb2_grpc
 from coldmerge_client import sent_log
 from coldmerge_client.files import write_atomic
@@ -68,7 +66,7 @@ def join(
     _refuse_second(home)
     name = _machine_name(machine)
     identity, tls = _make_keys(home)
-    csr = _csr(tls)
+    csr = csr_of(tls)
     raw_identity = identity.public_key().public_bytes_raw()
     now = (clock or SystemClock()).now()
     sent_log.record(
@@ -85,8 +83,10 @@ def join(
         proof=identity.sign(enrol_message(ticket.token, csr)),
     )
     root = ticket.root.encode()
-    answer = _call(ticket.enrol, root, "Enrol", request, patience=patience, on_retry=on_retry)
-    _check_chain(answer.certificate_chain_pem, root, tls)
+    answer = call_enrolment(
+        ticket.enrol, root, "Enrol", request, patience=patience, on_retry=on_retry
+    )
+    check_chain(answer.certificate_chain_pem, root, tls)
     return _remember(home, ticket, name, answer)
 
 
@@ -104,76 +104,6 @@ def _remember(home: Home, ticket: Invitation, machine: str, answer: Any) -> Memb
     write_atomic(home.certificate, answer.certificate_chain_pem, 0o644)
     home.save_membership(membership)
     return membership
-
-
-def renew(
-    home: Home,
-    *,
-    clock: Clock | None = None,
-    patience: float = 0.0,
-    on_retry: OnRetry | None = None,
-) -> None:
-    """Get a new certificate, proved by the identity key; the old one may have expired.
-
-    Raises:
-        PermissionDeniedError: this machine or its organization is revoked.
-        UnavailableError: the coordinator cannot be reached for `patience` seconds.
-    """
-    clock = clock or SystemClock()
-    member = home.membership()
-    tls = home.tls_private_key()
-    identity = home.identity_key()
-    csr = _csr(tls)
-    at = timestamp(clock.now())
-    request = enrolment_pb2.RenewRequest(
-        contributor=member.contributor,
-        machine=member.machine,
-        csr_der=csr,
-        at=at,
-        proof=identity.sign(renew_message(at, csr)),
-    )
-    root = home.root()
-    answer = _call(
-        member.enrol,
-        root,
-        "Renew",
-        request,
-        patience=patience,
-        on_retry=on_retry,
-    )
-    _check_chain(answer.certificate_chain_pem, root, tls)
-    write_atomic(home.certificate, answer.certificate_chain_pem, 0o644)
-
-
-def validity(home: Home) -> tuple[datetime, datetime]:
-    """From when until when our certificate holds.
-
-    Raises:
-        IntegrityError: the file holds no certificate.
-    """
-    try:
-        leaf = x509.load_pem_x509_certificate(home.certificate.read_bytes())
-    except (ValueError, FileNotFoundError) as error:
-        raise IntegrityError(
-            "enrol.no_certificate",
-            "The certificate of this machine cannot be read.",
-            hint="Remove certificate.pem and run `coldmerge doctor`: it is renewed by itself.",
-            path=home.certificate,
-        ) from error
-    return leaf.not_valid_before_utc, leaf.not_valid_after_utc
-
-
-def renewal_due(home: Home, now: datetime) -> bool:
-    """Whether less than a third of the certificate's life is left, or there is none."""
-    if not home.certificate.exists():
-        return True
-    start, end = validity(home)
-    return end - now < max((end - start) / 3, timedelta(0))
-
-
-def still_holds(home: Home, now: datetime) -> bool:
-    """Whether there is a certificate, and it has not expired."""
-    return home.certificate.exists() and now < validity(home)[1]
 
 
 def _refuse_second(home: Home) -> None:
@@ -204,13 +134,14 @@ def _machine_name(given: str | None) -> str:
 def _make_keys(home: Home) -> tuple[Ed25519PrivateKey, ec.EllipticCurvePrivateKey]:
     """The two keys; those of an interrupted join are used again."""
     if not home.identity_key_path.exists():
-        write_atomic(home.identity_key_path, _private_pem(Ed25519PrivateKey.generate()))
+        write_atomic(home.identity_key_path, private_pem(Ed25519PrivateKey.generate()))
     if not home.tls_key.exists():
-        write_atomic(home.tls_key, _private_pem(ec.generate_private_key(ec.SECP256R1())))
+        write_atomic(home.tls_key, private_pem(ec.generate_private_key(ec.SECP256R1())))
     return home.identity_key(), home.tls_private_key()
 
 
-def _private_pem(key: Ed25519PrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+def private_pem(key: Ed25519PrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key in PEM: for a file that one user may read."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -218,13 +149,14 @@ def _private_pem(key: Ed25519PrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _csr(key: ec.EllipticCurvePrivateKey) -> bytes:
+def csr_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A request for a certificate; the coordinator ignores its subject."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coldmerge")])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject)
     return request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
-def _call(
+def call_enrolment(
     address: str,
     root: bytes,
     method: str,
@@ -233,13 +165,14 @@ def _call(
     patience: float,
     on_retry: OnRetry | None,
 ) -> Any:
+    """One call of the enrolment port, which knows us by our proofs."""
     with secure_channel(address, root) as channel:
         stub = enrolment_pb2_grpc.EnrolmentStub(channel)  # type: ignore[no-untyped-call]
         stub_method: Callable[..., Any] = getattr(stub, method)
         return call(stub_method, request, patience=patience, on_retry=on_retry)
 
 
-def _check_chain(chain_pem: bytes, root_pem: bytes, key: ec.EllipticCurvePrivateKey) -> None:
+def check_chain(chain_pem: bytes, root_pem: bytes, key: ec.EllipticCurvePrivateKey) -> None:
     """Refuse a certificate that is for another key or not by this federation."""
     try:
         chain = x509.load_pem_x509_certificates(chain_pem)

@@ -96,6 +96,11 @@ class Home:
         return self.path / "keys" / "identity.key"
 
     @property
+    def next_keys(self) -> Path:
+        """Keys that the coordinator does not know yet, while they are being changed."""
+        return self.path / "keys" / "next"
+
+    @property
     def sent_log(self) -> Path:
         """Everything that ever left."""
         return self.path / "sent.jsonl"
@@ -223,14 +228,28 @@ class Home:
 
     def identity_key(self) -> Ed25519PrivateKey:
         """The key that signs for this machine."""
-        key = _load_key(self.identity_key_path)
+        key = load_key(self.identity_key_path)
         if not isinstance(key, Ed25519PrivateKey):
             raise _wrong_key(self.identity_key_path, "an Ed25519 key")
         return key
 
+    def identities(self) -> tuple[Ed25519PublicKey, ...]:
+        """The keys that signed for this machine: today's, then those before it."""
+        retired = self._state().get("retired_identities", [])
+        before = (Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)) for key in retired)
+        return (self.identity_key().public_key(), *before)
+
+    def retire_identity(self) -> None:
+        """Remember today's key as one that signed for this machine."""
+        today = self.identity_key().public_key().public_bytes_raw().hex()
+        with self.state() as state:
+            retired = state.setdefault("retired_identities", [])
+            if today not in retired:
+                retired.append(today)
+
     def tls_private_key(self) -> EllipticCurvePrivateKey:
         """The key of our certificate."""
-        key = _load_key(self.tls_key)
+        key = load_key(self.tls_key)
         if not isinstance(key, EllipticCurvePrivateKey):
             raise _wrong_key(self.tls_key, "an ECDSA key")
         return key
@@ -271,7 +290,13 @@ class Home:
         return self.path / "locks" / what
 
 
-def _load_key(path: Path) -> object:
+def load_key(path: Path) -> object:
+    """The private key in a file that only its owner may read.
+
+    Raises:
+        ConfigError: it is missing, or open to others.
+        IntegrityError: it holds no key.
+    """
     if not path.exists():
         raise ConfigError(
             "home.no_key",

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from coldmerge.core.documents import Manifest, Receipt, Signed, verify
-from coldmerge.core.errors import IntegrityError, NotFoundError
+from coldmerge.core.errors import IntegrityError, ManifestError, NotFoundError
 from coldmerge.core.files import fsync_path, make_folder
 from coldmerge.core.ids import new_id
 from coldmerge_client.files import read_json, write_atomic, write_json
@@ -124,12 +125,19 @@ class Outbox:
                 entry=entry,
             )
         signed = _read_signed(folder, "manifest")
-        key = self._home.identity_key().public_key()
         return _with_state(
-            OutboxEntry(folder, signed, verify(signed, Manifest, key), "prepared"),
+            OutboxEntry(folder, signed, self._ours(signed), "prepared"),
             read_json(folder / "state.json"),
             self._receipt(folder),
         )
+
+    def _ours(self, signed: Signed) -> Manifest:
+        """The manifest, if a key of this machine signed it: today's, or one before it."""
+        today, *retired = self._home.identities()
+        for key in retired:
+            with suppress(ManifestError):
+                return verify(signed, Manifest, key)
+        return verify(signed, Manifest, today)
 
     def _receipt(self, folder: Path) -> Receipt | None:
         if not (folder / "receipt.json").exists():

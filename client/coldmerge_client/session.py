@@ -40,9 +40,9 @@ from coldmerge.wire.v1 import (
     rounds_pb2,
     rounds_pb2_grpc,
 )
-from coldmerge_client.enrol import renew, renewal_due, still_holds
 from coldmerge_client.files import exclusive
 from coldmerge_client.home import Home, Membership
+from coldmerge_client.renewal import renew, renewal_due, settle, still_holds
 
 TIMEOUT = 60.0
 RENEWAL_PATIENCE = 5.0
@@ -91,6 +91,7 @@ class Session:
             ConfigError: the home has not joined a federation.
         """
         session = cls(home, home.membership(), timeout, clock or SystemClock())
+        settle(home, session.clock)
         session.on_retry = on_retry
         return session
 
@@ -154,7 +155,10 @@ class Session:
         Another process may have renewed it, or the coordinator's clock may be ahead.
         """
         with self._lock:
-            if error.code == "auth.expired" and self._on_disk() == self._chain:
+            stale = error.code == "auth.expired" or (
+                error.code == "auth.unknown_machine" and self.home.next_keys.exists()
+            )
+            if stale and self._on_disk() == self._chain:
                 renew(self.home, clock=self.clock)
             changed = self._on_disk() != self._chain
             if changed:

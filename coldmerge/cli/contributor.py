@@ -54,6 +54,7 @@ def register(app: typer.Typer) -> None:
     verbs: dict[Callable[..., None], str] = {
         join: "coldmerge join coldmerge-invite:… --fingerprint 3f9a…",
         doctor: "coldmerge doctor",
+        renew: "coldmerge renew --new-keys",
         pull: "coldmerge pull triage",
         status: "coldmerge status --format json",
         watch: "coldmerge watch triage",
@@ -149,6 +150,27 @@ def doctor(
         print_json(checks)
     if any(check["status"] == "fail" for check in checks):
         raise typer.Exit(1)
+
+
+def renew(
+    new_keys: Annotated[
+        bool, typer.Option("--new-keys", help="Replace both keys; the old ones are refused then.")
+    ] = False,
+    home: HomeOption = None,
+    timeout: TimeoutOption = 10.0,
+    fmt: FormatOption = Format.TABLE,
+) -> None:
+    """Renew the certificate now; without being asked it is renewed when it must be."""
+    from coldmerge_client.renewal import renew as ask
+    from coldmerge_client.renewal import validity
+
+    place = home_at(home)
+    ask(place, new_keys=new_keys, patience=timeout)
+    key = place.identity_key().public_key().public_bytes_raw().hex()
+    print_record(
+        {"valid_until": validity(place)[1].isoformat(), "new_keys": new_keys, "identity_key": key},
+        fmt,
+    )
 
 
 def pull(

@@ -54,6 +54,10 @@ def invite(
     contributor: Annotated[str, typer.Argument(metavar="ORG", help="Name of the organization.")],
     role: Annotated[Role, typer.Option(help="What it may do.")] = Role.CONTRIBUTOR,
     ttl: Annotated[str, typer.Option(help="How long the invitation holds: 90s, 10m, 24h.")] = "24h",
+    machine: Annotated[
+        str,
+        typer.Option(help="Only for the machine of this name; replaces its keys if they are lost."),
+    ] = "",
     folder: DirOption = DEFAULT_DIR,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
@@ -62,7 +66,7 @@ def invite(
     from coldmerge.wire.v1 import admin_pb2
 
     request = admin_pb2.InviteRequest(
-        contributor=contributor, role=role.value, ttl=parse_duration(ttl)
+        contributor=contributor, role=role.value, ttl=parse_duration(ttl), machine=machine
     )
     with local(folder) as coordinator:
         made = ask(coordinator.admin.Invite, request)

@@ -20,7 +20,7 @@ from coldmerge.core.errors import (
 )
 from coldmerge.wire.calls import call
 from coldmerge.wire.convert import timestamp
-from coldmerge.wire.proofs import enrol_message, renew_message
+from coldmerge.wire.proofs import enrol_message, rekey_message, renew_message
 from coldmerge.wire.v1 import enrolment_pb2, models_pb2
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store.models import Invitation, Machine
@@ -275,3 +275,48 @@ def test_renewal_when_revoked_or_unknown(live: Live) -> None:
     with pytest.raises(PermissionDeniedError) as caught:
         call(live.enrolment.Renew, _renewal(org, org.keys))
     assert caught.value.code == "auth.revoked"
+
+
+def _rekey(org: MachineClient, old: Keys, new: Keys, proved_by: Keys) -> enrolment_pb2.RenewRequest:
+    at = timestamp(org.live.clock.now())
+    csr = new.csr().public_bytes(Encoding.DER)
+    message = rekey_message(at, new.public, csr)
+    return enrolment_pb2.RenewRequest(
+        contributor=org.contributor,
+        machine=org.name,
+        csr_der=csr,
+        at=at,
+        proof=old.identity.sign(message),
+        new_identity_public_key=new.public,
+        new_proof=proved_by.identity.sign(message),
+    )
+
+
+def test_a_new_identity_key_needs_the_word_of_both_keys(live: Live) -> None:
+    org, new, thief = live.machine("a"), Keys.make(), Keys.make()
+    for request in (
+        _rekey(org, thief, thief, thief),
+        _rekey(org, org.keys, new, thief),
+        _rekey(org, thief, new, new),
+    ):
+        with pytest.raises(ManifestError) as caught:
+            call(live.enrolment.Renew, request)
+        assert caught.value.code == "enrolment.bad_proof"
+    plain = _renewal(org, org.keys)
+    plain.new_identity_public_key = thief.public
+    with pytest.raises(ManifestError):
+        call(live.enrolment.Renew, plain)
+    call(live.enrolment.Renew, _rekey(org, org.keys, new, new))
+    with pytest.raises(UnauthenticatedError):
+        call(org.models.ListModels, models_pb2.ListModelsRequest())
+    with pytest.raises(ManifestError):
+        call(live.enrolment.Renew, _renewal(org, org.keys))
+    with pytest.raises(ManifestError):
+        call(live.enrolment.Renew, _rekey(org, org.keys, thief, thief))
+
+
+def test_the_key_of_another_machine_is_no_new_key(live: Live) -> None:
+    org, other = live.machine("a"), live.machine("b")
+    with pytest.raises(ConflictError) as caught:
+        call(live.enrolment.Renew, _rekey(org, org.keys, other.keys, other.keys))
+    assert caught.value.code == "enrolment.known_key"

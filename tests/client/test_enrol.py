@@ -22,8 +22,9 @@ from coldmerge.core.errors import (
 from coldmerge.wire.invitation import Invitation
 from coldmerge.wire.v1 import admin_pb2
 from coldmerge_client import enrol, sent_log
-from coldmerge_client.enrol import join, renew, renewal_due, validity
+from coldmerge_client.enrol import join
 from coldmerge_client.home import Home
+from coldmerge_client.renewal import renew, renewal_due, validity
 from coldmerge_client.session import Session
 from coldmerge_coordinator import identity
 from tests.client.conftest import Coordinator
@@ -138,7 +139,7 @@ def issue(coordinator: Coordinator, home: Home, *, age: timedelta) -> bytes:
     """A certificate for `home` that the coordinator issued `age` ago."""
     authority = identity.Authority.open(coordinator.folder, "fed")
     issued = authority.issue_client(
-        x509.load_der_x509_csr(enrol._csr(home.tls_private_key())),
+        x509.load_der_x509_csr(enrol.csr_of(home.tls_private_key())),
         contributor="org-a",
         machine="laptop",
         identity_public_key=home.identity_key().public_key().public_bytes_raw(),
@@ -197,10 +198,10 @@ def test_a_certificate_for_another_key_or_by_another_root_is_not_stored(
     enrol._make_keys(other)
     chain, root = home.certificate.read_bytes(), home.root_pem.read_bytes()
     with pytest.raises(IntegrityError, match="cannot be used"):
-        enrol._check_chain(chain, root, other.tls_private_key())
+        enrol.check_chain(chain, root, other.tls_private_key())
     foreign = invitation_to("localhost:1").root.encode()
     with pytest.raises(IntegrityError) as error:
-        enrol._check_chain(chain, foreign, home.tls_private_key())
+        enrol.check_chain(chain, foreign, home.tls_private_key())
     assert error.value.code == "enrol.bad_certificate"
     with pytest.raises(IntegrityError):
-        enrol._check_chain(b"", root, home.tls_private_key())
+        enrol.check_chain(b"", root, home.tls_private_key())

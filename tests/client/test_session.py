@@ -16,8 +16,8 @@ from coldmerge.core.errors import (
     UnavailableError,
 )
 from coldmerge.wire.v1 import common_pb2
-from coldmerge_client import enrol
 from coldmerge_client.home import Home
+from coldmerge_client.renewal import renew
 from coldmerge_client.session import Session
 from tests.client.conftest import Coordinator
 
@@ -126,7 +126,7 @@ def test_a_renewal_that_fails_stops_nothing_while_the_certificate_holds(
         before = home.certificate.read_bytes()
     with Session.open(home, timeout=5, clock=Later(timedelta(hours=20))) as session:
         with pytest.raises(PermissionDeniedError):  # this clock is too far ahead to renew
-            enrol.renew(home, clock=clock)
+            renew(home, clock=clock)
         assert session.models()
     assert home.certificate.read_bytes() == before
     home.save_membership(replace(member, enrol="localhost:1"))

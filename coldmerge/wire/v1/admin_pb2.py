@@ -28,7 +28,7 @@ from coldmerge.wire.v1 import common_pb2 as coldmerge_dot_wire_dot_v1_dot_common
 from coldmerge.wire.v1 import models_pb2 as coldmerge_dot_wire_dot_v1_dot_models__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63oldmerge/wire/v1/admin.proto\x12\x0c\x63oldmerge.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1e\x63oldmerge/wire/v1/common.proto\x1a\x1e\x63oldmerge/wire/v1/models.proto\"Z\n\rInviteRequest\x12\x13\n\x0b\x63ontributor\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"i\n\x0eInviteResponse\x12\x12\n\ninvitation\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xbb\x01\n\x07Machine\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x0b\x65nrolled_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_seen_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63lient_version\x18\x04 \x01(\t\x12\x0f\n\x07revoked\x18\x05 \x01(\x08\x12\x16\n\x0erevoked_reason\x18\x06 \x01(\t\"\x92\x01\n\x0b\x43ontributor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07revoked\x18\x03 \x01(\x08\x12\'\n\x08machines\x18\x04 \x03(\x0b\x32\x15.coldmerge.v1.Machine\x12\x15\n\rcontributions\x18\x05 \x01(\x05\x12\x16\n\x0erevoked_reason\x18\x06 \x01(\t\"\x19\n\x17ListContributorsRequest\"K\n\x18ListContributorsResponse\x12/\n\x0c\x63ontributors\x18\x01 \x03(\x0b\x32\x19.coldmerge.v1.Contributor\"E\n\rRevokeRequest\x12\x13\n\x0b\x63ontributor\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"6\n\x10OpenRoundRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bpolicy_json\x18\x02 \x01(\t\",\n\x0bRoundAction\x12\r\n\x05round\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"J\n\x12\x45xtendRoundRequest\x12\r\n\x05round\x18\x01 \x01(\t\x12%\n\x02\x62y\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x13ResolveRoundRequest\x12\r\n\x05round\x18\x01 \x01(\t\x12\x0f\n\x07publish\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"@\n\x0fRollbackRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\"@\n\x0eRemergeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07without\x18\x02 \x03(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xd7\x01\n\x14\x41\x64mittedContribution\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ontributor\x18\x02 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x03 \x01(\t\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x03\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x03\x12\x0c\n\x04norm\x18\x06 \x01(\x01\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05state\x18\x08 \x01(\t\x12\x0e\n\x06reason\x18\t \x01(\t\"[\n\x1eListRoundContributionsResponse\x12\x39\n\rcontributions\x18\x01 \x03(\x0b\x32\".coldmerge.v1.AdmittedContribution2\xa1\x06\n\x05\x41\x64min\x12\x43\n\x06Invite\x12\x1b.coldmerge.v1.InviteRequest\x1a\x1c.coldmerge.v1.InviteResponse\x12\x61\n\x10ListContributors\x12%.coldmerge.v1.ListContributorsRequest\x1a&.coldmerge.v1.ListContributorsResponse\x12@\n\x06Revoke\x12\x1b.coldmerge.v1.RevokeRequest\x1a\x19.coldmerge.v1.Contributor\x12@\n\tOpenRound\x12\x1e.coldmerge.v1.OpenRoundRequest\x1a\x13.coldmerge.v1.Round\x12;\n\tSealRound\x12\x19.coldmerge.v1.RoundAction\x1a\x13.coldmerge.v1.Round\x12>\n\x0c\x41\x62\x61ndonRound\x12\x19.coldmerge.v1.RoundAction\x1a\x13.coldmerge.v1.Round\x12\x44\n\x0b\x45xtendRound\x12 .coldmerge.v1.ExtendRoundRequest\x1a\x13.coldmerge.v1.Round\x12\x46\n\x0cResolveRound\x12!.coldmerge.v1.ResolveRoundRequest\x1a\x13.coldmerge.v1.Round\x12@\n\x08Rollback\x12\x1d.coldmerge.v1.RollbackRequest\x1a\x15.coldmerge.v1.Release\x12<\n\x07Remerge\x12\x1c.coldmerge.v1.RemergeRequest\x1a\x13.coldmerge.v1.Round\x12\x61\n\x16ListRoundContributions\x12\x19.coldmerge.v1.RoundAction\x1a,.coldmerge.v1.ListRoundContributionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63oldmerge/wire/v1/admin.proto\x12\x0c\x63oldmerge.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1e\x63oldmerge/wire/v1/common.proto\x1a\x1e\x63oldmerge/wire/v1/models.proto\"k\n\rInviteRequest\x12\x13\n\x0b\x63ontributor\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07machine\x18\x04 \x01(\t\"i\n\x0eInviteResponse\x12\x12\n\ninvitation\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xbb\x01\n\x07Machine\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x0b\x65nrolled_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_seen_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63lient_version\x18\x04 \x01(\t\x12\x0f\n\x07revoked\x18\x05 \x01(\x08\x12\x16\n\x0erevoked_reason\x18\x06 \x01(\t\"\x92\x01\n\x0b\x43ontributor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07revoked\x18\x03 \x01(\x08\x12\'\n\x08machines\x18\x04 \x03(\x0b\x32\x15.coldmerge.v1.Machine\x12\x15\n\rcontributions\x18\x05 \x01(\x05\x12\x16\n\x0erevoked_reason\x18\x06 \x01(\t\"\x19\n\x17ListContributorsRequest\"K\n\x18ListContributorsResponse\x12/\n\x0c\x63ontributors\x18\x01 \x03(\x0b\x32\x19.coldmerge.v1.Contributor\"E\n\rRevokeRequest\x12\x13\n\x0b\x63ontributor\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"6\n\x10OpenRoundRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0bpolicy_json\x18\x02 \x01(\t\",\n\x0bRoundAction\x12\r\n\x05round\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"J\n\x12\x45xtendRoundRequest\x12\r\n\x05round\x18\x01 \x01(\t\x12%\n\x02\x62y\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"E\n\x13ResolveRoundRequest\x12\r\n\x05round\x18\x01 \x01(\t\x12\x0f\n\x07publish\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"@\n\x0fRollbackRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\"@\n\x0eRemergeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07without\x18\x02 \x03(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xd7\x01\n\x14\x41\x64mittedContribution\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x63ontributor\x18\x02 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x03 \x01(\t\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x03\x12\x10\n\x08\x65xamples\x18\x05 \x01(\x03\x12\x0c\n\x04norm\x18\x06 \x01(\x01\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05state\x18\x08 \x01(\t\x12\x0e\n\x06reason\x18\t \x01(\t\"[\n\x1eListRoundContributionsResponse\x12\x39\n\rcontributions\x18\x01 \x03(\x0b\x32\".coldmerge.v1.AdmittedContribution2\xa1\x06\n\x05\x41\x64min\x12\x43\n\x06Invite\x12\x1b.coldmerge.v1.InviteRequest\x1a\x1c.coldmerge.v1.InviteResponse\x12\x61\n\x10ListContributors\x12%.coldmerge.v1.ListContributorsRequest\x1a&.coldmerge.v1.ListContributorsResponse\x12@\n\x06Revoke\x12\x1b.coldmerge.v1.RevokeRequest\x1a\x19.coldmerge.v1.Contributor\x12@\n\tOpenRound\x12\x1e.coldmerge.v1.OpenRoundRequest\x1a\x13.coldmerge.v1.Round\x12;\n\tSealRound\x12\x19.coldmerge.v1.RoundAction\x1a\x13.coldmerge.v1.Round\x12>\n\x0c\x41\x62\x61ndonRound\x12\x19.coldmerge.v1.RoundAction\x1a\x13.coldmerge.v1.Round\x12\x44\n\x0b\x45xtendRound\x12 .coldmerge.v1.ExtendRoundRequest\x1a\x13.coldmerge.v1.Round\x12\x46\n\x0cResolveRound\x12!.coldmerge.v1.ResolveRoundRequest\x1a\x13.coldmerge.v1.Round\x12@\n\x08Rollback\x12\x1d.coldmerge.v1.RollbackRequest\x1a\x15.coldmerge.v1.Release\x12<\n\x07Remerge\x12\x1c.coldmerge.v1.RemergeRequest\x1a\x13.coldmerge.v1.Round\x12\x61\n\x16ListRoundContributions\x12\x19.coldmerge.v1.RoundAction\x1a,.coldmerge.v1.ListRoundContributionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,35 +36,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'coldmerge.wire.v1.admin_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_INVITEREQUEST']._serialized_start=176
-  _globals['_INVITEREQUEST']._serialized_end=266
-  _globals['_INVITERESPONSE']._serialized_start=268
-  _globals['_INVITERESPONSE']._serialized_end=373
-  _globals['_MACHINE']._serialized_start=376
-  _globals['_MACHINE']._serialized_end=563
-  _globals['_CONTRIBUTOR']._serialized_start=566
-  _globals['_CONTRIBUTOR']._serialized_end=712
-  _globals['_LISTCONTRIBUTORSREQUEST']._serialized_start=714
-  _globals['_LISTCONTRIBUTORSREQUEST']._serialized_end=739
-  _globals['_LISTCONTRIBUTORSRESPONSE']._serialized_start=741
-  _globals['_LISTCONTRIBUTORSRESPONSE']._serialized_end=816
-  _globals['_REVOKEREQUEST']._serialized_start=818
-  _globals['_REVOKEREQUEST']._serialized_end=887
-  _globals['_OPENROUNDREQUEST']._serialized_start=889
-  _globals['_OPENROUNDREQUEST']._serialized_end=943
-  _globals['_ROUNDACTION']._serialized_start=945
-  _globals['_ROUNDACTION']._serialized_end=989
-  _globals['_EXTENDROUNDREQUEST']._serialized_start=991
-  _globals['_EXTENDROUNDREQUEST']._serialized_end=1065
-  _globals['_RESOLVEROUNDREQUEST']._serialized_start=1067
-  _globals['_RESOLVEROUNDREQUEST']._serialized_end=1136
-  _globals['_ROLLBACKREQUEST']._serialized_start=1138
-  _globals['_ROLLBACKREQUEST']._serialized_end=1202
-  _globals['_REMERGEREQUEST']._serialized_start=1204
-  _globals['_REMERGEREQUEST']._serialized_end=1268
-  _globals['_ADMITTEDCONTRIBUTION']._serialized_start=1271
-  _globals['_ADMITTEDCONTRIBUTION']._serialized_end=1486
-  _globals['_LISTROUNDCONTRIBUTIONSRESPONSE']._serialized_start=1488
-  _globals['_LISTROUNDCONTRIBUTIONSRESPONSE']._serialized_end=1579
-  _globals['_ADMIN']._serialized_start=1582
-  _globals['_ADMIN']._serialized_end=2383
+  _globals['_INVITEREQUEST']._serialized_end=283
+  _globals['_INVITERESPONSE']._serialized_start=285
+  _globals['_INVITERESPONSE']._serialized_end=390
+  _globals['_MACHINE']._serialized_start=393
+  _globals['_MACHINE']._serialized_end=580
+  _globals['_CONTRIBUTOR']._serialized_start=583
+  _globals['_CONTRIBUTOR']._serialized_end=729
+  _globals['_LISTCONTRIBUTORSREQUEST']._serialized_start=731
+  _globals['_LISTCONTRIBUTORSREQUEST']._serialized_end=756
+  _globals['_LISTCONTRIBUTORSRESPONSE']._serialized_start=758
+  _globals['_LISTCONTRIBUTORSRESPONSE']._serialized_end=833
+  _globals['_REVOKEREQUEST']._serialized_start=835
+  _globals['_REVOKEREQUEST']._serialized_end=904
+  _globals['_OPENROUNDREQUEST']._serialized_start=906
+  _globals['_OPENROUNDREQUEST']._serialized_end=960
+  _globals['_ROUNDACTION']._serialized_start=962
+  _globals['_ROUNDACTION']._serialized_end=1006
+  _globals['_EXTENDROUNDREQUEST']._serialized_start=1008
+  _globals['_EXTENDROUNDREQUEST']._serialized_end=1082
+  _globals['_RESOLVEROUNDREQUEST']._serialized_start=1084
+  _globals['_RESOLVEROUNDREQUEST']._serialized_end=1153
+  _globals['_ROLLBACKREQUEST']._serialized_start=1155
+  _globals['_ROLLBACKREQUEST']._serialized_end=1219
+  _globals['_REMERGEREQUEST']._serialized_start=1221
+  _globals['_REMERGEREQUEST']._serialized_end=1285
+  _globals['_ADMITTEDCONTRIBUTION']._serialized_start=1288
+  _globals['_ADMITTEDCONTRIBUTION']._serialized_end=1503
+  _globals['_LISTROUNDCONTRIBUTIONSRESPONSE']._serialized_start=1505
+  _globals['_LISTROUNDCONTRIBUTIONSRESPONSE']._serialized_end=1596
+  _globals['_ADMIN']._serialized_start=1599
+  _globals['_ADMIN']._serialized_end=2400
 # @@protoc_insertion_point(module_scope)

@@ -13,14 +13,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class InviteRequest(_message.Message):
-    __slots__ = ("contributor", "role", "ttl")
+    __slots__ = ("contributor", "role", "ttl", "machine")
     CONTRIBUTOR_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TTL_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
     contributor: str
     role: str
     ttl: _duration_pb2.Duration
-    def __init__(self, contributor: _Optional[str] = ..., role: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    machine: str
+    def __init__(self, contributor: _Optional[str] = ..., role: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., machine: _Optional[str] = ...) -> None: ...
 
 class InviteResponse(_message.Message):
     __slots__ = ("invitation", "fingerprint", "expires_at")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!coldmerge/wire/v1/enrolment.proto\x12\x0c\x63oldmerge.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"k\n\x0c\x45nrolRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x04 \x01(\x0c\x12\r\n\x05proof\x18\x05 \x01(\x0c\"\xb1\x01\n\rEnrolResponse\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x13\n\x0b\x63ontributor\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x04 \x01(\x0c\x12\x1a\n\x12signing_public_key\x18\x05 \x01(\x0c\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"|\n\x0cRenewRequest\x12\x13\n\x0b\x63ontributor\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\x12&\n\x02\x61t\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05proof\x18\x05 \x01(\x0c\"^\n\rRenewResponse\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x01 \x01(\x0c\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\x8f\x01\n\tEnrolment\x12@\n\x05\x45nrol\x12\x1a.coldmerge.v1.EnrolRequest\x1a\x1b.coldmerge.v1.EnrolResponse\x12@\n\x05Renew\x12\x1a.coldmerge.v1.RenewRequest\x1a\x1b.coldmerge.v1.RenewResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!coldmerge/wire/v1/enrolment.proto\x12\x0c\x63oldmerge.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"k\n\x0c\x45nrolRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x04 \x01(\x0c\x12\r\n\x05proof\x18\x05 \x01(\x0c\"\xb1\x01\n\rEnrolResponse\x12\x12\n\nfederation\x18\x01 \x01(\t\x12\x13\n\x0b\x63ontributor\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x04 \x01(\x0c\x12\x1a\n\x12signing_public_key\x18\x05 \x01(\x0c\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb0\x01\n\x0cRenewRequest\x12\x13\n\x0b\x63ontributor\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\x12&\n\x02\x61t\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05proof\x18\x05 \x01(\x0c\x12\x1f\n\x17new_identity_public_key\x18\x06 \x01(\x0c\x12\x11\n\tnew_proof\x18\x07 \x01(\x0c\"^\n\rRenewResponse\x12\x1d\n\x15\x63\x65rtificate_chain_pem\x18\x01 \x01(\x0c\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\x8f\x01\n\tEnrolment\x12@\n\x05\x45nrol\x12\x1a.coldmerge.v1.EnrolRequest\x1a\x1b.coldmerge.v1.EnrolResponse\x12@\n\x05Renew\x12\x1a.coldmerge.v1.RenewRequest\x1a\x1b.coldmerge.v1.RenewResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLREQUEST']._serialized_end=191
   _globals['_ENROLRESPONSE']._serialized_start=194
   _globals['_ENROLRESPONSE']._serialized_end=371
-  _globals['_RENEWREQUEST']._serialized_start=373
-  _globals['_RENEWREQUEST']._serialized_end=497
-  _globals['_RENEWRESPONSE']._serialized_start=499
-  _globals['_RENEWRESPONSE']._serialized_end=593
-  _globals['_ENROLMENT']._serialized_start=596
-  _globals['_ENROLMENT']._serialized_end=739
+  _globals['_RENEWREQUEST']._serialized_start=374
+  _globals['_RENEWREQUEST']._serialized_end=550
+  _globals['_RENEWRESPONSE']._serialized_start=552
+  _globals['_RENEWRESPONSE']._serialized_end=646
+  _globals['_ENROLMENT']._serialized_start=649
+  _globals['_ENROLMENT']._serialized_end=792
 # @@protoc_insertion_point(module_scope)

@@ -39,18 +39,22 @@ class EnrolResponse(_message.Message):
     def __init__(self, federation: _Optional[str] = ..., contributor: _Optional[str] = ..., role: _Optional[str] = ..., certificate_chain_pem: _Optional[bytes] = ..., signing_public_key: _Optional[bytes] = ..., expires_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
-    __slots__ = ("contributor", "machine", "csr_der", "at", "proof")
+    __slots__ = ("contributor", "machine", "csr_der", "at", "proof", "new_identity_public_key", "new_proof")
     CONTRIBUTOR_FIELD_NUMBER: _ClassVar[int]
     MACHINE_FIELD_NUMBER: _ClassVar[int]
     CSR_DER_FIELD_NUMBER: _ClassVar[int]
     AT_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
+    NEW_IDENTITY_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    NEW_PROOF_FIELD_NUMBER: _ClassVar[int]
     contributor: str
     machine: str
     csr_der: bytes
     at: _timestamp_pb2.Timestamp
     proof: bytes
-    def __init__(self, contributor: _Optional[str] = ..., machine: _Optional[str] = ..., csr_der: _Optional[bytes] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., proof: _Optional[bytes] = ...) -> None: ...
+    new_identity_public_key: bytes
+    new_proof: bytes
+    def __init__(self, contributor: _Optional[str] = ..., machine: _Optional[str] = ..., csr_der: _Optional[bytes] = ..., at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., proof: _Optional[bytes] = ..., new_identity_public_key: _Optional[bytes] = ..., new_proof: _Optional[bytes] = ...) -> None: ...
 
 class RenewResponse(_message.Message):
     __slots__ = ("certificate_chain_pem", "expires_at")

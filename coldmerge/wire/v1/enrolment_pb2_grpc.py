@@ -63,7 +63,8 @@ class EnrolmentServicer:
     def Renew(self, request, context):
         """Get a new certificate for an enrolled machine, proved by its identity key: works
         however long the old certificate has been expired. Fails with PERMISSION_DENIED
-        when the contributor is revoked.
+        when the contributor is revoked. With a new identity key, proved by the old and by the
+        new one, that one takes the old one's place: the old one is refused from then on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

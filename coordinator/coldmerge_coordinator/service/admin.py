@@ -50,17 +50,19 @@ def invite(
     ttl: timedelta,
     now: datetime,
     *,
+    machine: str = "",
     actor: str = LOCAL_ADMIN,
 ) -> Invited:
     """A one-time token for a machine of an organization, which is made if it is new.
 
-    Inviting an organization that was revoked lets it back in: with new machines only.
+    Inviting an organization that was revoked lets it back in: with new machines only. An
+    invitation for one `machine` by its name replaces the keys that it is enrolled with.
 
     Raises:
         ConfigError: a bad name, role or lifetime.
         ConflictError: the organization has another role.
     """
-    _check_invitation(contributor, role, ttl)
+    _check_invitation(contributor, role, ttl, machine)
     token = secrets.token_urlsafe(32)
     expires_at = now + ttl
     with store.database.write() as session:
@@ -75,8 +77,8 @@ def invite(
                 contributor=contributor,
             )
         if row.revoked_at is not None:
-            for machine in machines_of(session, contributor):
-                machine.revoked_at = machine.revoked_at or row.revoked_at
+            for other in machines_of(session, contributor):
+                other.revoked_at = other.revoked_at or row.revoked_at
             row.revoked_at, row.revoked_reason = None, None
         session.add(
             Invitation(
@@ -85,15 +87,26 @@ def invite(
                 role=role,
                 created_at=now,
                 expires_at=expires_at,
+                machine=machine or None,
             )
         )
         ids = {"contributor": contributor, "invitation": token_digest(token).hex()[:16]}
+        if machine:
+            ids["machine"] = machine
         detail: dict[str, audit.Scalar] = {"role": role, "expires_at": expires_at.isoformat()}
         audit.append(session, "contributor.invited", actor, now, ids=ids, detail=detail)
     return Invited(token, expires_at)
 
 
-def _check_invitation(contributor: str, role: str, ttl: timedelta) -> None:
+def _check_invitation(contributor: str, role: str, ttl: timedelta, machine: str) -> None:
+    if machine and not is_identifier(machine):
+        raise ConfigError(
+            "invite.bad_machine_name",
+            "A machine cannot have that name.",
+            expected=IDENTIFIER_RULE,
+            got=repr(machine[:80]),
+            hint="List machines with `coldmerge contributors`.",
+        )
     if not is_identifier(contributor):
         raise ConfigError(
             "invite.bad_name",

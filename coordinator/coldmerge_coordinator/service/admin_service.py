@@ -54,6 +54,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             request.role,
             request.ttl.ToTimedelta(),
             self._clock.now(),
+            machine=request.machine,
             actor=caller().actor,
         )
         invitation = Invitation(

@@ -25,7 +25,7 @@ from coldmerge.core.errors import (
 from coldmerge.core.ids import IDENTIFIER_RULE, is_identifier
 from coldmerge.wire.convert import instant, timestamp
 from coldmerge.wire.invitation import token_digest
-from coldmerge.wire.proofs import enrol_message, renew_message
+from coldmerge.wire.proofs import enrol_message, rekey_message, renew_message
 from coldmerge.wire.v1 import enrolment_pb2, enrolment_pb2_grpc
 from coldmerge_coordinator import audit
 from coldmerge_coordinator.auth import refuse_revoked
@@ -56,7 +56,10 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         _check_proof(request.identity_public_key, request.proof, message)
         csr = read_csr(request.csr_der)
         _check_machine_name(request.machine)
-        with _one_machine_per_key(request), self._store.database.write() as session:
+        with (
+            _one_machine_per_key(request.identity_public_key),
+            self._store.database.write() as session,
+        ):
             invitation = _find_invitation(session, request.token)
             contributor = session.get_one(Contributor, invitation.contributor)  # held
             machine = self._admit(session, invitation, contributor, request)
@@ -95,11 +98,21 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
                 raise _bad_invitation("was used already")
             refuse_revoked(contributor, machine)
             return machine
-        if machine is not None and machine.revoked_at is None:
+        if invitation.machine not in (None, request.machine):
+            raise ConflictError(
+                "enrolment.other_machine",
+                "This invitation is for another machine.",
+                expected=invitation.machine,
+                got=request.machine,
+                hint=f"Join with --machine {invitation.machine}, or ask for another invitation.",
+            )
+        replaces = invitation.machine is not None
+        if machine is not None and machine.revoked_at is None and not replaces:
             raise ConflictError(
                 "enrolment.machine_exists",
                 f"{contributor.name} has a machine {request.machine} already.",
-                hint="Join with another --machine name, or have the admin revoke the old one.",
+                hint="Join with another --machine name; if this is that machine and its keys are "
+                "lost, the admin invites it by its name, which replaces them.",
                 contributor=contributor.name,
                 machine=request.machine,
             )
@@ -132,8 +145,8 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         return await asyncio.to_thread(self._renew, request)
 
     def _renew(self, request: enrolment_pb2.RenewRequest) -> enrolment_pb2.RenewResponse:
-        csr = read_csr(request.csr_der)
-        with self._store.database.write() as session:
+        csr, key = read_csr(request.csr_der), request.new_identity_public_key
+        with _one_machine_per_key(key), self._store.database.write() as session:
             contributor = session.get(Contributor, request.contributor)
             machine = session.get(Machine, (request.contributor, request.machine))
             if machine is None or contributor is None:
@@ -144,12 +157,26 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
                     hint="Ask the admin for an invitation, then `coldmerge join`.",
                 )
             self._check_time(request)
-            message = renew_message(request.at, request.csr_der)
-            _check_proof(machine.identity_public_key, request.proof, message)
+            _check_renewal(machine, request)
             refuse_revoked(contributor, machine)
+            if key:
+                self._rekey(session, machine, key)
             issued = self._issue(csr, machine)
         return enrolment_pb2.RenewResponse(
             certificate_chain_pem=issued.chain_pem, expires_at=timestamp(issued.expires_at)
+        )
+
+    def _rekey(self, session: Session, machine: Machine, key: bytes) -> None:
+        _refuse_known_key(session, key)
+        old = identity_fingerprint(machine.identity_public_key)
+        machine.identity_public_key = key
+        audit.append(
+            session,
+            "machine.rekeyed",
+            f"{machine.contributor}/{machine.name}",
+            self._clock.now(),
+            ids={"contributor": machine.contributor, "machine": machine.name},
+            detail={"identity": identity_fingerprint(key), "previous": old},
         )
 
     def _check_time(self, request: enrolment_pb2.RenewRequest) -> None:
@@ -166,6 +193,18 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
                 got=at.isoformat(),
                 hint="Set this machine's clock (NTP), then try again.",
             )
+
+
+def _check_renewal(machine: Machine, request: enrolment_pb2.RenewRequest) -> None:
+    """Both proofs, if there is a new key: that of the old key covers the new one."""
+    key = request.new_identity_public_key
+    if not key:
+        message = renew_message(request.at, request.csr_der)
+        _check_proof(machine.identity_public_key, request.proof, message)
+        return
+    message = rekey_message(request.at, key, request.csr_der)
+    _check_proof(machine.identity_public_key, request.proof, message)
+    _check_proof(key, request.new_proof, message)
 
 
 def _log_enrolment(session: Session, machine: Machine, now: datetime) -> None:
@@ -229,12 +268,12 @@ def _refuse_known_key(session: Session, key: bytes) -> None:
 
 
 @contextmanager
-def _one_machine_per_key(request: enrolment_pb2.EnrolRequest) -> Iterator[None]:
+def _one_machine_per_key(key: bytes) -> Iterator[None]:
     """Say so when another call has enrolled the same key this instant."""
     try:
         yield
     except IntegrityError as error:
-        raise _known_key(request.identity_public_key) from error
+        raise _known_key(key) from error
 
 
 def _known_key(key: bytes) -> ConflictError:

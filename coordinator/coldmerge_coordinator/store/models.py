@@ -104,6 +104,7 @@ class Invitation(Base):
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]
     used_at: Mapped[datetime | None]
+    machine: Mapped[str | None] = mapped_column(String(64))  # only for this one
 
 
 class Model(Base):

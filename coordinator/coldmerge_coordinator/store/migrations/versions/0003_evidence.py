@@ -17,6 +17,7 @@ _EVALUATION = "round, contributor, document, signature, reported_at"
 def _columns() -> list[tuple[str, sa.Column[object]]]:
     """Table by table, what they get."""
     return [
+        ("invitation", sa.Column("machine", sa.String(64), nullable=True)),
         ("machine", sa.Column("revoked_reason", sa.String(), nullable=True)),
         ("round", sa.Column("screening", sa.JSON(), nullable=True)),
         ("round", _counter("trial")),
