@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from obstore.store import S3Store
 from tests.support import free_ports, until
 
 BUCKET = "coldmerge"
+_LIBC, _PDEATHSIG = ctypes.CDLL(None), 1
 ACCESS, SECRET = "coldmerge", secrets.token_hex(16)
 WEED = Path(sys.executable).parent / "weed"
 _QUICK = ("-master.electionTimeout=1s", "-master.heartbeatInterval=50ms", "-volume.max=40")
@@ -60,7 +63,13 @@ class S3Server:
         command += [f"-{part}.localSocket={self.folder / part}.sock" for part in ("s3", "filer")]
         command += [*_QUICK, *_ALONE, "-s3.autoCreateBucket=false", "-master.volumeSizeLimitMB=256"]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_die_with_parent,
+            )
         until("the S3 server", self._answers, every=0.05)
         until("its bucket", self._make_bucket, every=0.05)
 
@@ -129,6 +138,11 @@ class S3Server:
 def new_prefix() -> str:
     """A folder of the bucket that nobody uses."""
     return f"hub-{secrets.token_hex(6)}"
+
+
+def _die_with_parent() -> None:
+    """A test run that is killed leaves no server behind."""
+    _LIBC.prctl(_PDEATHSIG, signal.SIGKILL)
 
 
 _servers: dict[int, S3Server] = {}

@@ -86,7 +86,7 @@ def test_what_a_release_lists_is_given_out_from_any_offset(reader: MachineClient
 
 def test_a_public_blob_that_is_gone_is_no_crash(live: Live, reader: MachineClient) -> None:
     release = call(reader.models.GetRelease, models_pb2.GetReleaseRequest(model=MODEL))
-    live.store.blobs.path(release.tensors[0].sha256).unlink()
+    live.store.blobs.remove([release.tensors[0].sha256])
     with pytest.raises(ColdmergeError):
         _read(reader, release.tensors[0].sha256)
     _read(reader, release.tensors[1].sha256)

@@ -53,7 +53,7 @@ class Org:
             assert session.query(Contribution).filter_by(round=self.round.id).count() == 0
             counted = session.query(Contribution).count()
         assert list(live.store.uploads.iterdir()) == []
-        assert len(list(live.store.contributions.iterdir())) == counted
+        assert len(list(live.store.payloads.listed())) == counted
         return caught.value
 
 
@@ -115,7 +115,7 @@ def test_what_is_asked_is_accepted_and_readable(tmp_path: Path, kind: str) -> No
         org.contribute(round_, tensors, statistics=statistics)
         with live.store.database.read() as session:
             row = session.query(Contribution).one()
-        vector = TaskVector.open(live.store.contributions / row.payload)
+        vector = TaskVector.open(live.store.payloads.local(row.payload))
         assert vector.statistics == statistics
         assert vector.names == set(deltas())
         for key in set(tensors) - set(deltas()):

@@ -147,7 +147,7 @@ def test_a_revoked_contribution_is_not_merged(live: Live) -> None:
     round_ = live.open_round()
     live.machine("a").contribute(round_, deltas(1))
     _revoke(live, "a")
-    assert list(live.store.contributions.iterdir()) == []
+    assert list(live.store.payloads.listed()) == []
     for index, name in enumerate("bc"):
         live.machine(name).contribute(round_, deltas(index))
     with live.store.database.read() as session:

@@ -84,7 +84,7 @@ def refused(bench: Bench, folder: Path, name: str = "m", **arguments: object) ->
         add_model(bench.store, name, folder, clock=bench.clock, **arguments)  # type: ignore[arg-type]
     with bench.store.database.read() as session:
         assert session.scalars(select(Model).where(Model.name != "there")).all() == []
-    assert not list((bench.store.folder / "blobs" / "incoming").iterdir())
+    assert not list((bench.store.blobs.folder / "incoming").iterdir())
     return caught.value
 
 
@@ -184,7 +184,7 @@ try:
     add_model(bench.store, "m", model, progress=fill)
 except ResourceError as error:
     print(error.code)
-print(len(list((bench.store.folder / "blobs" / "incoming").iterdir())))
+print(len(list((bench.store.blobs.folder / "incoming").iterdir())))
 filler.unlink()
 print(add_model(bench.store, "m", model).tensors)
 """

@@ -286,7 +286,7 @@ def test_interrupted_anywhere_nothing_is_left_and_the_next_starts_from_the_same_
     stop = threading.Event()
     assert Worker(bench.store, StoppingClock(bench.clock, at, stop), stop=stop).run_once()
     assert (bench.round(opened).state, bench.round(opened).candidate_state) == ("MERGING", None)
-    assert not list((bench.store.folder / "blobs" / "incoming").iterdir())
+    assert not list((bench.store.blobs.folder / "incoming").iterdir())
     assert run_once(bench.store, bench.clock)
     assert state(bench).steps == 2
     velocity = 0.9 * -draw(10).astype(np.float64) - draw(20)
@@ -300,4 +300,4 @@ def test_weights_that_do_not_fit_end_the_merge_and_not_the_release(bench: Bench)
     assert run_once(bench.store, bench.clock)
     assert "task_vector.not_finite" in (bench.round(opened).reason or "")
     assert bench.release().number == 0
-    assert not list((bench.store.folder / "blobs" / "incoming").iterdir())
+    assert not list((bench.store.blobs.folder / "incoming").iterdir())

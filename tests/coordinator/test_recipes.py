@@ -186,7 +186,7 @@ def test_a_first_pass_over_the_inputs_can_be_interrupted(bench: Bench) -> None:
             nonlocal readings
             readings += 1
             if readings == 5:  # after the file was verified
-                assert not list((bench.store.folder / "blobs" / "incoming").iterdir())
+                assert not list((bench.store.blobs.folder / "incoming").iterdir())
                 with bench.store.database.write() as session:
                     row = rounds.get(session, opened, lock=True)
                     rounds.apply(session, row, Abandon("no"), bench.clock.now(), bench.store.signer)
@@ -199,7 +199,7 @@ def test_a_first_pass_over_the_inputs_can_be_interrupted(bench: Bench) -> None:
 
 
 def blobs(bench: Bench) -> set[Path]:
-    return {path for path in (bench.store.folder / "blobs").rglob("*") if path.is_file()}
+    return {path for path in bench.store.blobs.folder.rglob("*") if path.is_file()}
 
 
 def test_a_round_freezes_every_parameter(bench: Bench) -> None:

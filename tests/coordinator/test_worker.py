@@ -170,7 +170,7 @@ def test_a_corrupt_contribution_fails_three_times_and_ends_the_round(bench: Benc
     bench.add_model(model())
     round_id = bench.open_round(webhook="http://127.0.0.1:9/hook")
     contribution = bench.contribute(round_id, "a", {"body.bias": random(5, COLUMNS)})
-    path = bench.store.contributions / f"{contribution}.safetensors"
+    path = bench.store.payloads.local(f"{contribution}.safetensors")
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
@@ -195,7 +195,7 @@ def test_a_missing_contribution_file_is_a_failed_merge(bench: Bench) -> None:
     bench.add_model(model())
     round_id = bench.open_round()
     contribution = bench.contribute(round_id, "a", {"body.bias": random(5, COLUMNS)})
-    (bench.store.contributions / f"{contribution}.safetensors").unlink()
+    bench.store.payloads.remove([f"{contribution}.safetensors"])
     assert run_once(bench.store, bench.clock)
     row = bench.round(round_id)
     assert (row.state, row.merge_attempts) == ("SEALED", 1)
@@ -207,7 +207,7 @@ def test_a_result_beyond_the_published_type_is_a_failed_merge(bench: Bench) -> N
     bench.contribute(round_id, "a", {"w": np.full(4, 10000, np.float32)})
     assert run_once(bench.store, bench.clock)
     assert "checkpoint.overflow" in (bench.round(round_id).reason or "")
-    assert not list((bench.store.folder / "blobs" / "incoming").iterdir())
+    assert not list((bench.store.blobs.folder / "incoming").iterdir())
 
 
 class EventfulClock:

@@ -43,7 +43,7 @@ def fill(leave):
 
 def report(what):
     row = bench.round(round_id)
-    left = len(list((bench.store.folder / "blobs" / "incoming").iterdir()))
+    left = len(list((bench.store.blobs.folder / "incoming").iterdir()))
     with bench.store.database.read() as session:
         notices = len(session.scalars(select(Notice)).all())
     print(what, row.state, row.merge_attempts, left, notices, bench.release().number, row.reason)

@@ -17,12 +17,14 @@ import pytest
 from coldmerge.rounds.state import State
 from coldmerge_coordinator.store import Store, releases, rounds
 from coldmerge_coordinator.worker import run_once
-from tests.backends import copy_coordinator
+from tests.backends import copy_coordinator, needs_disk
 from tests.support import until
 
 if TYPE_CHECKING:
     from tests.coordinator.conftest import Bench
     from tests.support import FixedClock
+
+pytestmark = needs_disk
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 

@@ -18,6 +18,7 @@ from coldmerge_coordinator.service.uploads import contribution_id
 from coldmerge_coordinator.store import contributions, releases, rounds
 from coldmerge_coordinator.store.models import Contribution, Round, Upload
 from coldmerge_coordinator.worker import run_once
+from tests.backends import needs_disk
 from tests.harness import BF16, MODEL, Live, chunk, coordinator, deltas
 from tests.support import until
 
@@ -45,7 +46,7 @@ def test_whole_path_ends_with_a_signed_receipt_and_a_sound_file(live: Live) -> N
     assert receipt.manifest_digest == manifest.digest()
     assert receipt.payload_bytes == len(payload)
     row = _rows(live)[0]
-    vector = TaskVector.open(live.store.contributions / row.payload)
+    vector = TaskVector.open(live.store.payloads.local(row.payload))
     assert vector.entries() == manifest.tensors
     expected = np.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in changes.values()))
     assert row.norm == pytest.approx(expected, rel=1e-12)
@@ -120,11 +121,12 @@ def test_an_upload_goes_on_after_the_coordinator_restarts(live: Live) -> None:
     assert org.status(begun.upload_id).committed_size == 130
     org.write(begun.upload_id, payload[130:], offset=130)
     org.commit(begun.upload_id)
-    assert TaskVector.open(live.store.contributions / _rows(live)[0].payload).entries() == (
+    assert TaskVector.open(live.store.payloads.local(_rows(live)[0].payload)).entries() == (
         manifest.tensors
     )
 
 
+@needs_disk
 def test_bytes_damaged_on_disk_are_found_and_the_upload_begins_again(live: Live) -> None:
     org = live.machine("a")
     manifest, payload = org.manifest(live.open_round(), deltas())
@@ -145,6 +147,7 @@ def test_bytes_damaged_on_disk_are_found_and_the_upload_begins_again(live: Live)
     org.commit(begun.upload_id)
 
 
+@needs_disk
 def test_a_crash_between_rename_and_transaction_is_undone(live: Live) -> None:
     org = live.machine("a")
     manifest, payload = org.manifest(live.open_round(), deltas())
@@ -161,6 +164,7 @@ def test_a_crash_between_rename_and_transaction_is_undone(live: Live) -> None:
     assert not part.exists()
 
 
+@needs_disk
 def test_sweep_removes_what_no_row_knows(live: Live) -> None:
     org = live.machine("a")
     round_ = live.open_round()
@@ -171,8 +175,8 @@ def test_sweep_removes_what_no_row_knows(live: Live) -> None:
     (live.store.uploads / "upload-0.part").write_bytes(b"orphan")
     (live.store.contributions / "contribution-0.safetensors").write_bytes(b"orphan")
     live.start()
-    assert [path.stem for path in live.store.uploads.iterdir()] == [begun.upload_id]
-    assert [p.name for p in live.store.contributions.iterdir()] == [_rows(live)[0].payload]
+    assert [name for name, _ in live.store.payloads.parts()] == [begun.upload_id]
+    assert [p.name for p in live.store.payloads.listed()] == [_rows(live)[0].payload]
 
 
 def test_a_second_contribution_replaces_the_first(live: Live) -> None:
@@ -182,7 +186,7 @@ def test_a_second_contribution_replaces_the_first(live: Live) -> None:
     org.contribute(round_, deltas(2))
     states = [row.state for row in _rows(live)]
     assert states == [contributions.REPLACED, contributions.ADMITTED]
-    assert len(list(live.store.contributions.iterdir())) == 1
+    assert len(list(live.store.payloads.listed())) == 1
     assert _round(live, round_).state == "OPEN"
 
 
@@ -212,7 +216,7 @@ def test_withdrawal_takes_the_bytes_and_the_count_back(live: Live) -> None:
     for _ in range(2):
         answer = call(org.contributions.Withdraw, request)
         assert answer.state == contributions_pb2.Contribution.WITHDRAWN
-    assert list(live.store.contributions.iterdir()) == []
+    assert list(live.store.payloads.listed()) == []
     manifest, _payload = org.manifest(round_, deltas())
     org.begin(manifest)
     live.machine("b").contribute(round_, deltas(2))
@@ -226,7 +230,7 @@ def test_withdrawal_after_the_seal_is_refused(live: Live) -> None:
         call(org.contributions.Withdraw, contributions_pb2.WithdrawRequest(id=_rows(live)[0].id))
     assert caught.value.code == "round.wrong_state"
     assert _rows(live)[0].state == contributions.ADMITTED
-    assert len(list(live.store.contributions.iterdir())) == 1
+    assert len(list(live.store.payloads.listed())) == 1
 
 
 def test_a_withdrawn_manifest_cannot_come_back(live: Live) -> None:
@@ -281,7 +285,7 @@ def test_uploads_to_an_ended_round_make_room(live: Live) -> None:
     _abandon(live, first)
     second = live.open_round()
     begun = org.begin(org.manifest(second, deltas())[0])
-    assert [path.stem for path in live.store.uploads.iterdir()] == [begun.upload_id]
+    assert [name for name, _ in live.store.payloads.parts()] == [begun.upload_id]
     with live.store.database.read() as session:
         assert session.query(Upload).count() == 1
 

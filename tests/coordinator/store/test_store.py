@@ -15,11 +15,11 @@ from coldmerge_coordinator.config import CoordinatorConfig
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.store.database import downgrade
 from coldmerge_coordinator.store.models import Contributor
-from tests.backends import on_postgresql
+from tests.backends import in_s3, on_postgresql
 
 
 def test_the_folder_is_laid_out(folder: Path) -> None:
-    made = {"config.yaml", "blobs", "contributions", "uploads"}
+    made = {"config.yaml", "cache" if in_s3() else "blobs", "contributions", "uploads"}
     assert {path.name for path in folder.iterdir()} >= made
     assert (folder / "coldmerge.db").exists() != on_postgresql()
     assert folder.stat().st_mode & 0o777 == 0o700
