@@ -5,7 +5,8 @@
 FOLDER holds one folder per task (train.jsonl, test.jsonl). Real processes on loopback, as
 `coldmerge demo` starts them: a coordinator, and six organizations with a sixth of one task
 each, which train, send, and judge every candidate. The culprit sends its update with the sign
-flipped (and `--strength` times as long, which screening clips), or trains on permuted labels.
+flipped, or trains on permuted labels; either way its update is `--strength` times as long, and
+screening clips it at `--clip` times the round's reference norm.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from coldmerge.core.progress import Progress, silent
@@ -38,27 +40,27 @@ STRENGTH = "strength"
 WEIGHTS = "model.safetensors"
 
 
-class SignFlip(SequenceClassification):
-    """Trains as everybody does, and sends the opposite."""
+class Scaled(SequenceClassification):
+    """Trains as everybody does, and sends a multiple of the update: the opposite, if negative."""
 
     def train(self, job: TrainJob, progress: Progress = silent) -> Trained:
-        """Fine-tune; then the update times minus the strength."""
+        """Fine-tune; then the update times the strength."""
         trained = super().train(job, progress)
         strength = float((Path(self.config.data.train).parent / STRENGTH).read_text())
-        folder = job.out / "flipped"
+        folder = job.out / "scaled"
         shutil.copytree(trained.folder, folder, dirs_exist_ok=True)
         base, tuned = load_file(job.release / WEIGHTS), load_file(trained.folder / WEIGHTS)
-        flipped = {
-            name: array - (1 + strength) * (array - base[name]) if name in base else array
+        scaled = {
+            name: base[name] + strength * (array - base[name]) if name in base else array
             for name, array in tuned.items()
         }
-        save_file(flipped, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(scaled, folder / WEIGHTS, metadata={"format": "pt"})
         return replace(trained, folder=folder)
 
 
-def create(config: TrainConfig) -> SignFlip:
+def create(config: TrainConfig) -> Scaled:
     """What the culprit's train.yaml names as its trainer."""
-    return SignFlip(config)
+    return Scaled(config)
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class Poisoned(Plan):
     def train_config(self, task: Task, data: Path, seed: int) -> dict[str, Any]:
         """What the organization of `task` writes into its train.yaml."""
         config = super().train_config(task, data, seed)
-        if task.name == self.culprit and self.attack == "sign_flip":
-            (data.parent / STRENGTH).write_text(str(self.strength))
+        if task.name == self.culprit:
+            sign = -1 if self.attack == "sign_flip" else 1
+            (data.parent / STRENGTH).write_text(str(sign * self.strength))
             config["trainer"] = f"{Path(__file__).resolve()}:create"
         return config
 
@@ -97,12 +100,15 @@ def shares(task: Task) -> tuple[Task, ...]:
     )
 
 
-def permuted(task: Task) -> Task:
-    """The same texts, each with the label after its own."""
-    labels = sorted({example.label for example in task.train})
-    following = dict(zip(labels, [*labels[1:], labels[0]], strict=True))
-    wrong = tuple(replace(example, label=following[example.label]) for example in task.train)
-    return replace(task, train=wrong)
+def permuted(task: Task, seed: int = 0) -> Task:
+    """The same texts and the same labels, dealt out at random.
+
+    To rename labels would do no harm: a head of one's own is all that depends on the names.
+    """
+    order = np.random.default_rng(seed).permutation(len(task.train))
+    labels = [task.train[place].label for place in order]
+    wrong = [replace(one, label=label) for one, label in zip(task.train, labels, strict=True)]
+    return replace(task, train=tuple(wrong))
 
 
 def the_plan(options: argparse.Namespace, folder: Path) -> Poisoned:
