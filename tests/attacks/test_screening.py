@@ -14,6 +14,7 @@ from coldmerge.core.errors import ConflictError, NotFoundError, TaskVectorError
 from coldmerge.wire.calls import call
 from coldmerge.wire.convert import signed_from_proto
 from coldmerge.wire.v1 import contributions_pb2, screening_pb2
+from coldmerge_coordinator.service.admin import revoke
 from coldmerge_coordinator.store import contributions, releases, rounds
 from coldmerge_coordinator.store.models import AuditLeaf, Contribution, Notice, Round, Upload
 from coldmerge_coordinator.worker import run_once
@@ -39,14 +40,14 @@ def states(client: MachineClient) -> list[str]:
     return sorted(state for state, _ in standing(client))
 
 
-def waiting(admin: MachineClient) -> list[Any]:
-    found = call(admin.screening.ListQuarantine, screening_pb2.ListQuarantineRequest())
+def waiting(boss: MachineClient) -> list[Any]:
+    found = call(boss.screening.ListQuarantine, screening_pb2.ListQuarantineRequest())
     return list(found.contributions)
 
 
-def decide(admin: MachineClient, verb: str, identifier: str, reason: str = "") -> Any:
+def decide(boss: MachineClient, verb: str, identifier: str, reason: str = "") -> Any:
     request = screening_pb2.QuarantineDecision(contribution=identifier, reason=reason)
-    return call(getattr(admin.screening, verb), request, patience=0)
+    return call(getattr(boss.screening, verb), request, patience=0)
 
 
 def kinds(live: Live) -> list[str]:
@@ -275,3 +276,13 @@ def test_a_history_is_ones_own(live: Live) -> None:
         with pytest.raises(NotFoundError) as caught:
             call(other.screening.GetHistory, screening_pb2.GetHistoryRequest(contributor=name))
         assert caught.value.code == "contributor.unknown"
+
+
+def test_revoking_takes_what_waits_out_of_quarantine(live: Live) -> None:
+    boss = live.machine("boss", "admin")
+    round_ = live.open_round(**KNOWN)
+    live.machine("a").contribute(round_, times(1000))
+    assert len(waiting(boss)) == 1
+    revoke(live.store, "a", "", "caught", live.clock.now())
+    assert waiting(boss) == []
+    assert list(live.store.payloads.listed()) == []

@@ -157,7 +157,7 @@ def revoke(
     """Shut an organization, or one machine, out.
 
     With the organization go its open invitations and its contribution to a round that
-    is still OPEN; what was sealed is merged, unless the admin abandons that round.
+    is still OPEN, also one that waits in quarantine; what was sealed is merged, unless the admin abandons that round.
 
     Raises:
         NotFoundError: no such organization or machine.
@@ -197,12 +197,15 @@ def _take_back(
     taken = []
     for active in rounds.active_rounds(session):
         round_ = rounds.get(session, active.id, lock=True)
-        found = contributions.admitted_of(session, round_.id, contributor)
-        if found is not None and round_.state == state.State.OPEN:
+        if round_.state != state.State.OPEN:
+            continue
+        for found in contributions.live_of(session, round_.id, contributor):
+            counted = found.state == contributions.ADMITTED
             found.state = contributions.WITHDRAWN
             session.flush()
             contribution_log.about(session, "contribution.withdrawn", found, actor, now)
-            rounds.apply(session, round_, state.Withdrawn(), now, store.signer, actor=actor)
+            if counted:
+                rounds.apply(session, round_, state.Withdrawn(), now, store.signer, actor=actor)
             taken.append(found.payload)
     return taken
 

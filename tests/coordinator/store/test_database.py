@@ -133,7 +133,9 @@ def test_foreign_keys_are_enforced(url: str) -> None:
     migrate(url)
     database = Database(url)
     with pytest.raises(IntegrityError), database.write() as session:
-        session.execute(text("INSERT INTO invitation VALUES ('t', 'nobody', 'r', '', '', '', NULL)"))
+        session.execute(
+            text("INSERT INTO invitation VALUES ('t', 'nobody', 'r', '', '', '', NULL)")
+        )
     database.close()
 
 
