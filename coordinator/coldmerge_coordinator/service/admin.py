@@ -157,7 +157,8 @@ def revoke(
     """Shut an organization, or one machine, out.
 
     With the organization go its open invitations and its contribution to a round that
-    is still OPEN, also one that waits in quarantine; what was sealed is merged, unless the admin abandons that round.
+    is still OPEN, also one that waits in quarantine; what was sealed is merged, unless the
+    admin abandons that round.
 
     Raises:
         NotFoundError: no such organization or machine.
