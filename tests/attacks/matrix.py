@@ -72,16 +72,6 @@ _HISTORY = _mine(
     CONTRIBUTOR,
     **{role: {OWN: "", OTHER: "", NONE: "contributor.unknown"} for role in (AUDITOR, ADMIN)},
 )
-NOT_YET = frozenset(
-    {
-        "Models/ListKeys",
-        "Admin/Remerge",
-        "Audit/Checkpoint",
-        "Audit/Prove",
-        "Audit/Read",
-    }
-)
-"""In the contract, and perhaps not served yet: whoever may call them may learn that."""
 _UPLOAD = _mine("upload.unknown", CONTRIBUTOR, ADMIN)
 
 RULES: dict[str, Rule] = {
