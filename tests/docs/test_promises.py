@@ -86,4 +86,4 @@ def test_every_command_exists(command: str) -> None:
 
 
 def test_there_are_promises() -> None:
-    assert len(commands()) >= 5
+    assert len(commands()) >= 20
