@@ -16,9 +16,11 @@ from coldmerge.wire.calls import call
 from coldmerge.wire.v1 import models_pb2
 from coldmerge_coordinator import config as settings
 from coldmerge_coordinator.backup import make, restore, verify
+from coldmerge_coordinator.rotation import rotate_signing
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import Store, releases, rounds
-from coldmerge_coordinator.store.models import Contribution, Master, Release
+from coldmerge_coordinator.store.models import AuditLeaf, Contribution, Master, Release
+from coldmerge_coordinator.verifying import verify_release
 from coldmerge_coordinator.worker import run_once
 from tests.backends import chosen
 from tests.harness import MODEL, Live, MachineClient, coordinator, deltas
@@ -106,6 +108,18 @@ def test_what_was_taken_back_is_not_kept(live: Live, tmp_path: Path) -> None:
         assert verify(store).problems == []
 
 
+def test_what_an_earlier_signing_key_signed_is_good(live: Live, tmp_path: Path) -> None:
+    rotate_signing(live.folder)
+    with Store.open(live.folder) as store:
+        assert verify(store).problems == []
+        make(store, tmp_path / "backup")
+    restore(tmp_path / "backup", tmp_path / "again")
+    with Store.open(tmp_path / "again") as store:
+        assert verify(store).problems == []
+        found = verify_release(store, MODEL, 1, tmp_path)
+    assert (found.answer, found.problems) == ("exact", [])
+
+
 def test_without_keys(live: Live, tmp_path: Path) -> None:
     make(live.store, tmp_path / "backup", keys=False)
     assert not any("PRIVATE" in path.read_text() for path in text_files(tmp_path / "backup"))
@@ -188,6 +202,12 @@ def spoil_receipt(store: Store, _row: Release) -> None:
             row.receipt_signature = bytes(64)
 
 
+def spoil_log(store: Store, _row: Release) -> None:
+    with store.database.write() as session:
+        leaf = session.query(AuditLeaf).order_by(AuditLeaf.position.desc()).first()
+        leaf.document = leaf.document.replace(b"a", b"b")  # type: ignore[union-attr]
+
+
 def spoil_master(store: Store, row: Release) -> None:
     with store.database.write() as session:
         master = session.get_one(Master, row.master_digest)
@@ -202,6 +222,7 @@ def spoil_master(store: Store, row: Release) -> None:
         (spoil_payload, "contribution"),
         (spoil_receipt, "contribution"),
         (spoil_master, "master"),
+        (spoil_log, "audit log"),
     ],
 )
 def test_damage_is_found(live: Live, spoil: Callable[[Store, Release], None], kind: str) -> None:

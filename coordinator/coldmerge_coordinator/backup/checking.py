@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coldmerge.core.digests import Content, master_digest
 from coldmerge.core.documents import Manifest, Receipt, ReleaseRecord, Signed
-from coldmerge.core.documents import verify as verify_signature
 from coldmerge.core.dtypes import blocks
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.core.files import CHUNK_BYTES, PositionalFile
+from coldmerge.core.keys import Keyring
 from coldmerge.core.progress import Advance, Counter, Progress, silent
 from coldmerge.core.task_vector import TaskVector
+from coldmerge_coordinator.audit_export import check_stored
 from coldmerge_coordinator.backup.making import kept_contributions
 from coldmerge_coordinator.store import Store, releases
+from coldmerge_coordinator.store import keys as key_table
 from coldmerge_coordinator.store.models import Blob, Contribution, Master, Model, Release
 from coldmerge_coordinator.store.models import Content as ContentRow
 
@@ -55,14 +56,15 @@ class Findings:
 
 
 def verify(store: Store, progress: Progress = silent) -> Findings:
-    """Read everything: blobs, contents, masters, releases, contributions and their receipts.
+    """Read everything: log, blobs, contents, masters, releases, contributions, receipts.
 
     Looks on after a problem, so that one run names all of them. Rows are of one moment; a
     coordinator that is served may collect or admit something meanwhile.
     """
     findings = Findings()
-    key = store.signer.key.public_key()
+    findings.look("audit log", store.federation, lambda: _log(store))
     with store.database.read() as session:
+        keys = key_table.keyring(session, store.signer)
         blobs = {row.sha256: row.nbytes for row in session.scalars(select(Blob))}
         payloads = {row.id: row for row in kept_contributions(session)}
         total = sum(blobs.values()) + sum(row.payload_bytes for row in payloads.values())
@@ -74,11 +76,15 @@ def verify(store: Store, progress: Progress = silent) -> Findings:
         for master in session.scalars(select(Master).order_by(Master.digest)):
             findings.look("master", master.digest, _master(master, blobs))
         for model in releases.list_models(session):
-            _releases(session, model, key, findings)
+            _releases(session, model, keys, findings)
         for row in session.scalars(select(Contribution).order_by(Contribution.id)):
             payload = row.id in payloads
-            findings.look("contribution", row.id, _contribution(store, row, key, payload, advance))
+            findings.look("contribution", row.id, _contribution(store, row, keys, payload, advance))
     return findings
+
+
+def _log(store: Store) -> None:
+    check_stored(store)
 
 
 def _blob(store: Store, sha256: str, nbytes: int, advance: Advance) -> Callable[[], str | None]:
@@ -119,19 +125,19 @@ def _unknown(missing: set[str]) -> str | None:
     return f"{len(missing)} of its blobs are unknown, such as {min(missing)}" if missing else None
 
 
-def _releases(session: Session, model: Model, key: Ed25519PublicKey, findings: Findings) -> None:
+def _releases(session: Session, model: Model, keys: Keyring, findings: Findings) -> None:
     previous: str | None = None
     for expected, row in enumerate(releases.list_releases(session, model.name)):
         name = f"{model.name} {row.number}"
-        findings.look("release", name, _release(session, row, expected, previous, key))
+        findings.look("release", name, _release(session, row, expected, previous, keys))
         previous = hashlib.sha256(row.record).hexdigest()
 
 
 def _release(
-    session: Session, row: Release, expected: int, previous: str | None, key: Ed25519PublicKey
+    session: Session, row: Release, expected: int, previous: str | None, keys: Keyring
 ) -> Callable[[], str | None]:
     def check() -> str | None:
-        record = verify_signature(Signed(row.record, row.signature), ReleaseRecord, key)
+        record = keys.verify(Signed(row.record, row.signature), ReleaseRecord)
         told = (record.model, record.number, record.content_digest, record.master_digest)
         if told != (row.model, expected, row.content_digest, row.master_digest):
             return f"its record is about another release: {told}"
@@ -149,11 +155,11 @@ def _release(
 
 
 def _contribution(
-    store: Store, row: Contribution, key: Ed25519PublicKey, payload: bool, advance: Advance
+    store: Store, row: Contribution, keys: Keyring, payload: bool, advance: Advance
 ) -> Callable[[], str | None]:
     def check() -> str | None:
         manifest = Manifest.parse(row.manifest)
-        receipt = verify_signature(Signed(row.receipt, row.receipt_signature), Receipt, key)
+        receipt = keys.verify(Signed(row.receipt, row.receipt_signature), Receipt)
         digests = {manifest.digest(), receipt.manifest_digest}
         if digests != {row.manifest_digest}:
             return "its manifest, its receipt and its row name different digests"
