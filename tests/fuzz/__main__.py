@@ -8,11 +8,11 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
-from itertools import repeat
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tests.fuzz.engine import Judge, Result, drive
-from tests.fuzz.mutate import Mutator
+from tests.fuzz.engine import Result
+from tests.fuzz.seeded import mutated
 from tests.fuzz.targets import TARGETS
 
 COLUMNS = ("target", "inputs", "accepted", "crashes", "wrongly accepted", "worst", "memory", "time")
@@ -55,28 +55,14 @@ def _run(name: str, asked: argparse.Namespace) -> Result:
     if asked.jobs == 1:
         return mutated(name, asked.seed, count, seconds, asked.findings)
     share = None if count is None else -(-count // asked.jobs)
-    seeds = [asked.seed * 1000 + job for job in range(asked.jobs)]
+    work = [
+        (name, asked.seed * 1000 + job, share, seconds, asked.findings) for job in range(asked.jobs)
+    ]
     total = Result(name)
-    with multiprocessing.get_context("spawn").Pool(asked.jobs) as pool:
-        work = zip(
-            repeat(name),
-            seeds,
-            repeat(share),
-            repeat(seconds),
-            repeat(asked.findings),
-            strict=False,
-        )
-        for result in pool.starmap(mutated, work):
+    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
+        for result in pool.map(mutated, *zip(*work, strict=True)):
             total.add(result)
     return total
-
-
-def mutated(
-    name: str, seed: int, count: int | None, seconds: float | None, findings: Path
-) -> Result:
-    """Judge the mutator's inputs for one target, in this process."""
-    target = TARGETS[name]
-    return drive(Judge(target, findings), iter(Mutator(target, seed)), count, seconds)
 
 
 def _guided(name: str, asked: argparse.Namespace) -> Result:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import atheris
 
 with atheris.instrument_imports(include=["coldmerge", "coldmerge_coordinator", "coldmerge_client"]):
+    from tests.fuzz.headers import clear_scratch
     from tests.fuzz.targets import TARGETS
 
 from tests.fuzz.engine import Judge
@@ -24,7 +24,10 @@ MAX_BYTES = 2**14
 
 
 def main(name: str, inputs: int, seconds: float, seed: int, findings: Path, out: Path) -> None:
-    """Fuzz until `inputs` were tried (0: no limit) or `seconds` are over; write the result."""
+    """Fuzz until `inputs` were tried (0: no limit) or `seconds` are over; write the result.
+
+    The corpus grows in the folder of `out`, which the caller removes.
+    """
     target = TARGETS[name]
     judge = Judge(target, findings)
     began = time.monotonic()
@@ -35,14 +38,19 @@ def main(name: str, inputs: int, seconds: float, seed: int, findings: Path, out:
         if passed > seconds or judge.result.inputs == inputs:
             judge.result.seconds = passed
             out.write_text(json.dumps(judge.result.as_dict()))
+            clear_scratch()
             os._exit(0)
 
-    with tempfile.TemporaryDirectory() as folder:
-        for file, data in target.corpus().items():
-            (Path(folder) / file).write_bytes(data)
-        words = Path(folder).parent / f"{Path(folder).name}.dict"
+    corpus = out.parent / "corpus"
+    corpus.mkdir()
+    for file, data in target.corpus().items():
+        (corpus / file).write_bytes(data)
+    options = [f"-seed={seed}", f"-max_len={MAX_BYTES}", str(corpus)]
+    if target.tokens:
+        words = out.parent / "words"
         words.write_text("".join(f'"{_escaped(token)}"\n' for token in target.tokens))
-        _fuzz(one, [f"-seed={seed}", f"-max_len={MAX_BYTES}", f"-dict={words}", folder])
+        options.append(f"-dict={words}")
+    _fuzz(one, options)
 
 
 def _escaped(token: bytes) -> str:

@@ -60,6 +60,12 @@ def scratch() -> Path:
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 
+def clear_scratch() -> None:
+    """Remove the folder at once, for a process that ends without cleaning up."""
+    while _KEPT:
+        _KEPT.pop().cleanup()
+
+
 def put(name: str, data: bytes) -> Path:
     """A scratch file with these bytes."""
     path = scratch() / name

@@ -226,5 +226,18 @@ def test_the_command_answers_in_both_formats(
     command = partial(["write", "--inputs", "50", "--findings", str(tmp_path)].__add__)
     assert main(command(["--format", "json"])) == 0
     assert '"inputs": 50' in capsys.readouterr().out
+    assert main(command(["--jobs", "2", "--format", "json"])) == 0
+    assert '"inputs": 50' in capsys.readouterr().out
     assert main(command(["--seconds", "0.1"])) == 0
     assert "wrongly accepted" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["payload", "checkpoint"])
+def test_atheris_is_guided_through_a_target(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("atheris", reason="make fuzz installs it")
+    command = [name, "--engine", "atheris", "--inputs", "2000", "--seconds", "300"]
+    assert main([*command, "--findings", str(tmp_path), "--format", "json"]) == 0
+    assert '"inputs": 2000' in capsys.readouterr().out
