@@ -55,8 +55,10 @@ class Backends:
         return self._make(self._template)
 
     def copy_database(self, url: str) -> str:
-        """The URL of a copy of a PostgreSQL database that nobody is connected to."""
-        return self._make(url.rsplit("/", 1)[-1])
+        """The URL of a copy of a PostgreSQL database; whoever is connected must do so again."""
+        name = url.rsplit("/", 1)[-1]
+        with self.postgres.shut(name):
+            return self._make(name)
 
     def _make(self, template: str) -> str:
         self._made.append(self.postgres.create(template))
@@ -128,7 +130,7 @@ def init_options() -> list[str]:
 
 
 def copy_coordinator(folder: Path, target: Path) -> None:
-    """A copy of a coordinator's folder that nobody has open, with a database of its own."""
+    """A copy of a coordinator's folder that nobody writes to, with a database of its own."""
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.sock"))
     config = settings.load(target)
     if config.database_url.startswith("postgresql"):

@@ -15,6 +15,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,20 @@ class Server:
             )
         )
         return name
+
+    @contextmanager
+    def shut(self, name: str) -> Iterator[None]:
+        """Nobody is connected to the database, or connects to it."""
+        known = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+        self.execute(known.format(sql.Identifier(name), sql.SQL("false")))
+        try:
+            self.ask(
+                "SELECT count(pg_terminate_backend(pid, 10000)) FROM pg_stat_activity "  # noqa: S608
+                f"WHERE datname = '{name}'"
+            )
+            yield
+        finally:
+            self.execute(known.format(sql.Identifier(name), sql.SQL("true")))
 
     def drop(self, name: str) -> None:
         """Remove a database, whoever is still connected to it."""

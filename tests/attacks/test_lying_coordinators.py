@@ -7,7 +7,6 @@ checkpoint they verified, and refuse. Nothing in their home is lost by it.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +27,7 @@ from coldmerge_client.pull import pull
 from coldmerge_client.session import Session
 from coldmerge_coordinator.store import releases
 from coldmerge_coordinator.store.models import AuditNode, Release
+from tests.backends import copy_coordinator, on_postgresql
 from tests.harness import MODEL, Live, coordinator
 
 
@@ -59,9 +59,10 @@ def events(live: Live, count: int = 3) -> None:
 
 def copy_of(live: Live, to: Path) -> Path:
     """The folder as it is now: database, keys, blobs."""
-    with live.store.database.engine.connect() as link:
-        link.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-    shutil.copytree(live.folder, to, ignore=shutil.ignore_patterns("admin.sock"))
+    if not on_postgresql():
+        with live.store.database.engine.connect() as link:
+            link.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    copy_coordinator(live.folder, to)
     return to
 
 

@@ -22,7 +22,7 @@ from coldmerge_coordinator.store import Store, releases, rounds
 from coldmerge_coordinator.store.models import AuditLeaf, Contribution, Master, Release
 from coldmerge_coordinator.verifying import verify_release
 from coldmerge_coordinator.worker import run_once
-from tests.backends import chosen
+from tests.backends import chosen, on_postgresql
 from tests.harness import MODEL, Live, MachineClient, coordinator, deltas
 
 LATEST = models_pb2.GetReleaseRequest(model=MODEL, latest=True)
@@ -43,6 +43,11 @@ def live(tmp_path: Path) -> Iterator[Live]:
         yield live
 
 
+def elsewhere() -> str | None:
+    """Another database than the one that is still there; on SQLite it is in another folder."""
+    return chosen.empty_database() if on_postgresql() else None
+
+
 def dumped(folder: Path) -> dict[str, str]:
     """The rows of a backup, table by table."""
     return {path.stem: path.read_text() for path in sorted((folder / "database").iterdir())}
@@ -50,7 +55,7 @@ def dumped(folder: Path) -> dict[str, str]:
 
 def test_a_restored_coordinator_is_the_same(live: Live, tmp_path: Path) -> None:
     assert make(live.store, tmp_path / "backup").contributions == 3
-    restore(tmp_path / "backup", tmp_path / "again")
+    restore(tmp_path / "backup", tmp_path / "again", database_url=elsewhere())
     with Store.open(tmp_path / "again") as store:
         found = verify(store)
         assert found.problems == []
@@ -63,7 +68,7 @@ def test_a_restored_coordinator_goes_on(live: Live, tmp_path: Path) -> None:
     """With the certificate that a machine has; the upload that was open begins again."""
     org = live.machine("c")
     make(live.store, tmp_path / "backup")
-    restore(tmp_path / "backup", tmp_path / "again")
+    restore(tmp_path / "backup", tmp_path / "again", database_url=elsewhere())
     again = Live(tmp_path / "again")
     try:
         back = MachineClient(again, "c", org.name, org.keys, org.chain_pem)
@@ -95,7 +100,7 @@ def test_the_second_backup_copies_what_is_new(live: Live, tmp_path: Path) -> Non
         (open_round,) = rounds.active_rounds(session)
     live.machine("c").contribute(open_round, deltas(7))
     assert 0 < make(live.store, tmp_path / "backup").copied_bytes < first.copied_bytes
-    restore(tmp_path / "backup", tmp_path / "again")
+    restore(tmp_path / "backup", tmp_path / "again", database_url=elsewhere())
 
 
 def test_what_was_taken_back_is_not_kept(live: Live, tmp_path: Path) -> None:
@@ -103,7 +108,7 @@ def test_what_was_taken_back_is_not_kept(live: Live, tmp_path: Path) -> None:
     admin.revoke(live.store, "a", "", "left", live.clock.now())
     assert make(live.store, tmp_path / "backup").contributions == 2
     assert len(list((tmp_path / "backup" / "contributions").iterdir())) == 2
-    restore(tmp_path / "backup", tmp_path / "again")
+    restore(tmp_path / "backup", tmp_path / "again", database_url=elsewhere())
     with Store.open(tmp_path / "again") as store:
         assert verify(store).problems == []
 
@@ -123,7 +128,7 @@ def test_what_an_earlier_signing_key_signed_is_good(live: Live, tmp_path: Path) 
 def test_without_keys(live: Live, tmp_path: Path) -> None:
     make(live.store, tmp_path / "backup", keys=False)
     assert not any("PRIVATE" in path.read_text() for path in text_files(tmp_path / "backup"))
-    restore(tmp_path / "backup", tmp_path / "again")
+    restore(tmp_path / "backup", tmp_path / "again", database_url=elsewhere())
     assert list((tmp_path / "again" / "keys").iterdir()) == []
     shutil.copytree(live.store.keys, tmp_path / "again" / "keys", dirs_exist_ok=True)
     with Store.open(tmp_path / "again") as store:
@@ -143,7 +148,7 @@ def test_a_damaged_backup_is_refused(live: Live, tmp_path: Path, what: str) -> N
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
     with pytest.raises(IntegrityError) as caught:
-        restore(tmp_path / "backup", tmp_path / "again")
+        restore(tmp_path / "backup", tmp_path / "again", database_url=elsewhere())
     assert caught.value.code == "restore.damaged"
     assert not (tmp_path / "again").exists()
 
@@ -152,7 +157,7 @@ def test_a_backup_that_was_cut_off_is_none(live: Live, tmp_path: Path) -> None:
     make(live.store, tmp_path / "backup")
     (tmp_path / "backup" / "backup.json").unlink()
     with pytest.raises(ConfigError) as caught:
-        restore(tmp_path / "backup", tmp_path / "again")
+        restore(tmp_path / "backup", tmp_path / "again", database_url=elsewhere())
     assert caught.value.code == "backup.not_one"
     assert make(live.store, tmp_path / "backup").copied_bytes == 0  # and can be finished
 
@@ -235,8 +240,9 @@ def test_damage_is_found(live: Live, spoil: Callable[[Store, Release], None], ki
 
 def test_commands(live: Live, tmp_path: Path) -> None:
     hub, backup, again = str(live.folder), str(tmp_path / "backup"), str(tmp_path / "again")
-    runner = CliRunner()
-    for command in (["backup", hub, backup], ["restore", backup, again], ["verify", again]):
+    runner, url = CliRunner(), elsewhere()
+    into = ["--database-url", url] if url else []
+    for command in (["backup", hub, backup], ["restore", backup, again, *into], ["verify", again]):
         done = runner.invoke(app, ["coordinator", *command, "--format", "json"])
         assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["problems"] == []

@@ -12,7 +12,7 @@ import fcntl
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -36,12 +36,20 @@ class Part:
 
     @classmethod
     def open(
-        cls, payloads: Payloads, upload: str, name: str, header: bytes, total: int, committed: int
+        cls,
+        payloads: Payloads,
+        upload: str,
+        name: str,
+        header: bytes,
+        total: int,
+        committed: int,
+        is_counted: Callable[[], bool],
     ) -> Self:
         """Open, make or restore the file of an upload, `committed` bytes of it durable.
 
         `name` is what the file is called once it is admitted: a rename whose transaction
-        never came is undone.
+        never came is undone. `is_counted` says whether it came, and is asked when no other
+        process is in the middle of it.
 
         Raises:
             CheckpointError: bytes were committed, and the file is gone.
@@ -49,7 +57,10 @@ class Part:
             ResourceError: the disk is full.
         """
         path = payloads.part(upload)
-        payloads.give_back(name, path)
+        if payloads.shared and not path.exists():
+            with _alone_with(payloads.contributions / name):
+                if not is_counted():
+                    payloads.give_back(name, path)
         if not path.exists():
             if payloads.shared and committed:
                 raise _gone(path)
@@ -121,6 +132,19 @@ class Part:
             self._fd = -1
             if not self._payloads.shared:
                 self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone_with(final: Path) -> Iterator[None]:
+    """Wait until nobody commits the file any more, who holds it locked from before its rename."""
+    try:
+        file = final.open("r+b")
+    except FileNotFoundError:
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _create(path: Path, header: bytes, nbytes: int) -> None:

@@ -23,7 +23,7 @@ from coldmerge.core.task_vector import TaskVector, vector_header
 from coldmerge_coordinator.payload import PayloadCheck
 from coldmerge_coordinator.service.parts import Part, is_left_behind
 from coldmerge_coordinator.statistics import check_stored
-from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.store import Store, contributions
 from coldmerge_coordinator.store.models import Contribution, Upload
 
 FLUSH_BYTES = 16 * 2**20
@@ -113,7 +113,13 @@ class LiveUpload:
         header = header_of(self.manifest)
         self._start = len(header)
         self._part = Part.open(
-            self._payloads, row.id, self._name, header, self.total, self.committed
+            self._payloads,
+            row.id,
+            self._name,
+            header,
+            self.total,
+            self.committed,
+            self._is_counted,
         )
         try:
             with PositionalFile(self._part.path) as file:
@@ -121,6 +127,10 @@ class LiveUpload:
         except BaseException:
             self._part.close()
             raise
+
+    def _is_counted(self) -> bool:
+        with self._store.database.read() as session:
+            return contributions.by_manifest(session, self.manifest_digest) is not None
 
     @property
     def actor(self) -> str:

@@ -59,7 +59,9 @@ class Database:
         """A session on one snapshot; whatever it changed is thrown away."""
         with (
             translated(),
-            Session(self._reader, expire_on_commit=False, info=self._info) as session,
+            Session(
+                self._reader, expire_on_commit=False, autoflush=False, info=self._info
+            ) as session,
         ):
             yield session
 

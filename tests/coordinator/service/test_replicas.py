@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,3 +173,31 @@ def test_two_replicas_commit_at_once(replicas: Replicas) -> None:
         (row,) = session.query(Contribution)
     for live in (r.a, r.b):
         assert live.store.payloads.local(row.payload).read_bytes().endswith(r.payload)
+
+
+@pytest.mark.parametrize("replicas", ["disk"], indirect=True)
+def test_who_opens_an_upload_leaves_a_commit_in_peace(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = replicas
+    r.org.write(r.upload, r.payload)
+    renamed, asked = threading.Event(), threading.Event()
+    intake = r.a.servers._intake
+    count = intake._count
+
+    def slowly(*arguments: Any) -> Any:
+        renamed.set()
+        asked.wait(1)  # the other waits for us, and cannot answer before
+        return count(*arguments)
+
+    monkeypatch.setattr(intake, "_count", slowly)
+    commit = threading.Thread(target=r.org.commit, args=(r.upload,))
+    commit.start()
+    renamed.wait(30)
+    with pytest.raises(ColdmergeError):
+        r.moved.status(r.upload)
+    asked.set()
+    commit.join()
+    with r.a.store.database.read() as session:
+        (row,) = session.query(Contribution)
+    assert r.a.store.payloads.local(row.payload).read_bytes().endswith(r.payload)
