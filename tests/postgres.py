@@ -61,6 +61,17 @@ def binaries() -> Path:
     )
 
 
+def _runs(folder: Path, account: dict[str, Any]) -> bool:
+    """Whether the account may run what is there: a checkout may be below a private folder."""
+    try:
+        subprocess.run(
+            [folder / SERVER, "--version"], cwd="/", capture_output=True, check=True, **account
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
 def _account() -> dict[str, Any]:
     """Who runs the server, as `subprocess` takes it: PostgreSQL refuses to be root."""
     if os.geteuid() != 0:
@@ -81,7 +92,7 @@ class Server:
     """Starts a server, makes databases in it, ends it."""
 
     def __init__(self, **settings: str) -> None:
-        self._bin, self._as = binaries(), _account()
+        self._as = _account()
         self.password = secrets.token_urlsafe(16)
         self.folder = Path(tempfile.mkdtemp(prefix="coldmerge-pg-", dir=_roomy()))
         if self._as:
@@ -89,11 +100,22 @@ class Server:
         self._settings = {**SETTINGS, **settings}
         self._log = self.folder / "log"
         try:
+            self._bin = self._reachable(binaries())
             self._init()
             self.start()
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
+
+    def _reachable(self, found: Path) -> Path:
+        """The binaries, or a copy of them where the account may read."""
+        if _runs(found, self._as):
+            return found
+        package = found.parents[1]  # and beside it the libraries that its programs look for
+        for part in (package, package.with_name(f"{package.name}.libs")):
+            if part.is_dir():
+                shutil.copytree(part, self.folder / "install" / part.name, symlinks=True)
+        return self.folder / "install" / found.relative_to(package.parent)
 
     def _run(self, *command: str | Path) -> None:
         environment = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "TZ": "UTC"}
