@@ -7,10 +7,7 @@ on undisturbed; every test kills another copy and compares the signed release re
 from __future__ import annotations
 
 import shutil
-import signal
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -31,6 +28,7 @@ from tests.crash.conftest import (
     wait_killed,
 )
 from tests.crash.inject.sitecustomize import POINTS
+from tests.crash.trace import faults
 from tests.federation import Federation, Hub, until
 
 pytestmark = pytest.mark.xdist_group("crash-coordinator")
@@ -224,24 +222,6 @@ def test_killed_while_the_gate_publishes(
     last.finish(judging)
 
 
-@contextmanager
-def killed_at_write(hub: Hub, number: int) -> Iterator[None]:
-    """strace kills the API process at its thread's `number`-th write to the database's log."""
-    assert hub.process is not None
-    log = hub.folder / "coldmerge.db-wal"
-    inject = f"inject=pwrite64:signal=SIGKILL:when={number}"
-    command = ["strace", "-f", "-p", str(hub.process.pid), "-P", str(log), "-e", inject]
-    tracer = subprocess.Popen([*command, "-e", "trace=pwrite64"], stderr=subprocess.PIPE)
-    assert tracer.stderr is not None
-    first = tracer.stderr.readline()
-    assert b"attached" in first, first
-    try:
-        yield
-    finally:
-        tracer.send_signal(signal.SIGINT)
-        tracer.communicate()
-
-
 @SMALL_IS_ENOUGH
 @pytest.mark.slow
 @pytest.mark.skipif(
@@ -257,7 +237,9 @@ def test_killed_at_any_write_of_the_publishing_transaction(
     found: list[tuple[int, str]] = []
     for write in count(1, 3):
         hub.start()
-        with killed_at_write(hub, write):
+        assert hub.process is not None
+        log, killed = hub.folder / "coldmerge.db-wal", f"signal=SIGKILL:when={write}"
+        with faults(hub.process.pid, "pwrite64", killed, "-P", str(log)):
             last.cli("evaluate", "judged", "--timeout", "0", check=False)
         assert hub.process is not None
         if hub.process.poll() is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from coldmerge_client.session import Session
 from tests.crash.checks import check_folder
 from tests.crash.host import GATES, Host
 from tests.crash.members import MODEL, Base, Ledger, Member, base_tensors
+from tests.crash.trace import faults
 from tests.crash.zygote import Zygote
 from tests.support import until
 
@@ -154,27 +154,10 @@ def test_the_disk_is_full_at_every_stage(volume: Volume, zygote: Zygote) -> None
         assert newest(c.session).state == Round.PUBLISHED
 
 
-@contextmanager
-def faulty(pid: int, fault: str) -> Iterator[None]:
-    """strace makes the calls of a process fail."""
-    command = ["strace", "-f", "-p", str(pid), "-e", f"trace={fault.partition(':')[0]}"]
-    tracer = subprocess.Popen(
-        [*command, "-e", f"inject={fault}"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    assert tracer.stderr is not None
-    first = tracer.stderr.readline()
-    assert b"attached" in first, first
-    try:
-        yield
-    finally:
-        tracer.send_signal(signal.SIGINT)
-        tracer.communicate()
-
-
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 FAULTS = {
-    "full": "pwrite64,fallocate:error=ENOSPC",
-    "failing": "fsync,fdatasync:error=EIO",
+    "full": ("pwrite64,fallocate", "error=ENOSPC"),
+    "failing": ("fsync,fdatasync", "error=EIO"),
 }
 
 
@@ -188,23 +171,23 @@ def test_the_disk_fails_and_is_believed(kind: str, tmp_path: Path, zygote: Zygot
         assert host.api is not None
         assert host.worker is not None
         first = a.prepare(newest(a.session))
-        with faulty(host.api, FAULTS[kind]), pytest.raises(ColdmergeError):
+        with faults(host.api, *FAULTS[kind]), pytest.raises(ColdmergeError):
             a.session.begin(first.signed)
         begun = a.session.begin(first.signed)
-        with faulty(host.api, FAULTS[kind]), pytest.raises(ColdmergeError):
+        with faults(host.api, *FAULTS[kind]), pytest.raises(ColdmergeError):
             a.write(first, begun)
         begun = a.session.begin(first.signed)
         assert begun.committed_size == 0
         a.write(first, begun)
-        with faulty(host.api, FAULTS[kind]), pytest.raises(ColdmergeError):
+        with faults(host.api, *FAULTS[kind]), pytest.raises(ColdmergeError):
             a.session.commit(begun.upload_id)
         a.send()
         b.step()
-        with faulty(host.worker, FAULTS[kind]):
+        with faults(host.worker, *FAULTS[kind]):
             c.step()
             until("the merge", lambda: "merge" in host.log.read_text())
         until("the candidate", lambda: newest(c.session).state == Round.CANDIDATE, every=0.2)
-        with faulty(host.api, FAULTS[kind]), pytest.raises(ColdmergeError):
+        with faults(host.api, *FAULTS[kind]), pytest.raises(ColdmergeError):
             a.step()
         for member in members:
             assert member.step()
@@ -224,7 +207,7 @@ def test_a_commit_whose_sync_failed_may_turn_out_to_be_there(
         a.write(first, begun)
         assert host.api is not None
         with (
-            faulty(host.api, "fdatasync:error=EIO"),
+            faults(host.api, "fdatasync", "error=EIO"),
             pytest.raises(ColdmergeError),
         ):
             a.session.commit(begun.upload_id)

@@ -1,9 +1,12 @@
-"""The file system calls of a program, as strace writes them down."""
+"""The file system calls of a program, as strace writes them down, or makes them fail."""
 
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +34,25 @@ def recording(log: Path, *inject: str) -> tuple[str, ...]:
     flags = ("strace", "-f", "-y", "-xx", "-ttt", "-T", "-s", "10000000", "--seccomp-bpf")
     faults = [word for each in inject for word in ("-e", f"inject={each}")]
     return (*flags, "-o", str(log), "-e", f"trace={CALLS}", *faults)
+
+
+@contextmanager
+def faults(pid: int, call: str, fault: str, *more: str) -> Iterator[None]:
+    """Calls of a running process fail, or kill it: strace's words for which, and how."""
+    command = ["strace", "-f", "-p", str(pid), *more]
+    tracer = subprocess.Popen(
+        [*command, "-e", f"trace={call}", "-e", f"inject={call}:{fault}"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    assert tracer.stderr is not None
+    first = tracer.stderr.readline()
+    assert b"attached" in first, first
+    try:
+        yield
+    finally:
+        tracer.send_signal(signal.SIGINT)
+        tracer.communicate()
 
 
 @dataclass(frozen=True)
