@@ -372,10 +372,9 @@ class SigningKey(Base):
 
 
 class Usage(Base):
-    """What a contributor took on one day (UTC): bytes received, manifests refused."""
+    """What a contributor announced on one day (UTC): the bytes of its uploads."""
 
     __tablename__ = "usage"
     contributor: Mapped[str] = mapped_column(ForeignKey("contributor.name"), primary_key=True)
     day: Mapped[str] = mapped_column(String(10), primary_key=True)
     received_bytes: Mapped[int]
-    refusals: Mapped[int]

@@ -1,4 +1,4 @@
-"""What each contributor took today: bytes announced, manifests refused. Days are UTC."""
+"""What each contributor announced today: the bytes of its uploads. Days are UTC."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def of_day(session: Session, contributor: str, now: datetime) -> Usage:
         return row
     try:
         with session.begin_nested():
-            session.add(Usage(contributor=contributor, day=day, received_bytes=0, refusals=0))
+            session.add(Usage(contributor=contributor, day=day, received_bytes=0))
     except IntegrityError:  # another call made it, this instant
         session.expire_all()
     return session.scalars(query.with_for_update()).one()

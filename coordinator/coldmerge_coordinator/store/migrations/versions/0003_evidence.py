@@ -97,7 +97,6 @@ def upgrade() -> None:
         sa.Column("contributor", sa.String(length=64), nullable=False),
         sa.Column("day", sa.String(length=10), nullable=False),
         sa.Column("received_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("refusals", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(
             ["contributor"], ["contributor.name"], name=op.f("fk_usage_contributor")
         ),
