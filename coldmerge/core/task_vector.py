@@ -15,7 +15,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +28,16 @@ from coldmerge.core.documents import Encoding, Kind, Statistic, TensorEntry
 from coldmerge.core.dtypes import ENCODINGS, NUMPY, Floats32, Floats64, blocks, size, to_float32
 from coldmerge.core.errors import NotFoundError, TaskVectorError
 from coldmerge.core.files import CHUNK_BYTES, PositionalFile
-from coldmerge.core.header import Described, Header, layout, parse_header, render_header
+from coldmerge.core.header import (
+    Described,
+    Header,
+    TensorSpec,
+    layout,
+    parse_header,
+    render_header,
+)
 from coldmerge.core.names import split_key
+from coldmerge.core.progress import Advance
 from coldmerge.core.statistics import DTYPE, parse_statistics, statistic_shape, statistics_json
 
 TILE = 2**17
@@ -113,20 +121,37 @@ class TaskVector:
     def _entries(self) -> tuple[TensorEntry, ...]:
         found = []
         for spec in self.specs.values():
-            digest = hashlib.sha256()
-            for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
-                at = self.payload_start + spec.start
-                digest.update(self._file.read(at + start, at + stop))
             found.append(
                 TensorEntry(
                     name=spec.name,
                     dtype=spec.dtype,
                     shape=spec.shape,
-                    sha256=digest.hexdigest(),
+                    sha256=self._sha256(spec),
                     nbytes=spec.nbytes,
                 )
             )
         return tuple(found)
+
+    def difference(self, signed: Sequence[TensorEntry], advance: Advance) -> str | None:
+        """What of the file is not as it was signed: the first thing, or None.
+
+        `advance` is told of every part that was read.
+        """
+        specs = [(spec.name, spec.dtype, spec.shape) for spec in self.specs.values()]
+        if specs != [(entry.name, entry.dtype, entry.shape) for entry in signed]:
+            return "its list of tensors"
+        for entry in signed:
+            if self._sha256(self.specs[entry.name], advance) != entry.sha256:
+                return f"tensor {entry.name}"
+        return None
+
+    def _sha256(self, spec: TensorSpec, advance: Advance | None = None) -> str:
+        digest, at = hashlib.sha256(), self.payload_start + spec.start
+        for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
+            digest.update(self._file.read(at + start, at + stop))
+            if advance is not None:
+                advance(stop - start)
+        return digest.hexdigest()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the delta of release tensor `name`.

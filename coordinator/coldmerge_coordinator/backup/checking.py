@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coldmerge.core.digests import Content, master_digest
 from coldmerge.core.documents import Manifest, Receipt, ReleaseRecord, Signed
-from coldmerge.core.dtypes import blocks
 from coldmerge.core.errors import ColdmergeError
-from coldmerge.core.files import CHUNK_BYTES, PositionalFile
 from coldmerge.core.keys import Keyring
 from coldmerge.core.progress import Advance, Counter, Progress, silent
 from coldmerge.core.task_vector import TaskVector
@@ -169,22 +166,6 @@ def _contribution(
 
 
 def _payload(store: Store, row: Contribution, manifest: Manifest, advance: Advance) -> str | None:
-    path = store.payloads.local(row.payload)
-    vector = TaskVector.open(path)
-    if list(vector.specs) != [entry.name for entry in manifest.tensors]:
-        return "its list of tensors is not the one that was signed"
-    with PositionalFile(path) as file:
-        for entry in manifest.tensors:
-            digest = hashlib.sha256()
-            start = vector.payload_start + vector.specs[entry.name].start
-            for part in _parts(file, start, entry.nbytes):
-                digest.update(part)
-                advance(len(part))
-            if digest.hexdigest() != entry.sha256:
-                return f"tensor {entry.name} differs from what was signed"
-    return None
-
-
-def _parts(file: PositionalFile, at: int, nbytes: int) -> Iterator[Any]:
-    for start, stop in blocks(nbytes, CHUNK_BYTES):
-        yield file.read(at + start, at + stop)
+    vector = TaskVector.open(store.payloads.local(row.payload))
+    where = vector.difference(manifest.tensors, advance)
+    return None if where is None else f"{where} differs from what was signed"
