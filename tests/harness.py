@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 from cryptography import x509
@@ -351,8 +350,3 @@ def coordinator(
         yield live
     finally:
         live.close()
-
-
-def rpc_code(error: grpc.RpcError) -> str:
-    """The name of a failed call's status."""
-    return str(error.code().name)
