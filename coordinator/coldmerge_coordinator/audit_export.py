@@ -48,7 +48,7 @@ def check_stored(store: Store, *more: Signed) -> Checked:
         IntegrityError: the first difference, with its position.
         ManifestError: a checkpoint's signature is not by the coordinator's key.
     """
-    with store.database.read() as session:
+    with store.database.read(patient=True) as session:
         stored = checkpoints.entries(session)
         hashes = select(AuditNode.index.label("at"), AuditNode.hash).where(AuditNode.level == 0)
         leaves = {row.at: row.hash for row in session.execute(hashes)}

@@ -67,7 +67,7 @@ def verify_release(
         NotFoundError: no such model or release.
         ResourceError: the disk is too small for another copy of the model.
     """
-    with store.database.read() as session:
+    with store.database.read(patient=True) as session:
         row = (
             releases.latest_release(session, model)
             if number is None
@@ -225,7 +225,7 @@ def _merge(
 ) -> None:
     """Do it again and compare."""
     counter = Counter("merge", 0, progress)
-    with store.database.read() as session:
+    with store.database.read(patient=True) as session:
         base = base_of(session, row)
         job = job_of(store, session, session.get_one(Round, record.round), lambda: counter.add(1))
     named = {sealed.manifest.digest() for work in job.works for sealed in work.inputs}

@@ -126,7 +126,7 @@ def merge_round(store: Store, round_id: str, beat: Beat) -> Candidate:
     Raises:
         ColdmergeError: see `candidate.build`.
     """
-    with store.database.read() as session:
+    with store.database.read(patient=True) as session:
         job = job_of(store, session, rounds.get(session, round_id), beat)
     if not job.again:
         return build(store.blobs, job.works[0], beat)

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from coldmerge.cli.app import app
+from coldmerge_coordinator.backup import verify
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import contributions, releases
 from coldmerge_coordinator.verifying import Verified, verify_release
@@ -68,6 +69,7 @@ def test_re_merged_and_restored_releases_too(made: Bench) -> None:
     assert run_once(made.store, made.clock)
     found = check(made, 3)
     assert (found.answer, found.merged) == ("exact", 4)
+    assert [each for each in verify(made.store).problems if each.kind == "release"] == []
     admin.rollback(made.store, "m", 1, "back", made.clock.now())
     assert check(made, 4).answer == "exact"
 

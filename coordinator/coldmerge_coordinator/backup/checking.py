@@ -60,7 +60,7 @@ def verify(store: Store, progress: Progress = silent) -> Findings:
     """
     findings = Findings()
     findings.look("audit log", store.federation, lambda: _log(store))
-    with store.database.read() as session:
+    with store.database.read(patient=True) as session:
         keys = key_table.keyring(session, store.signer)
         blobs = {row.sha256: row.nbytes for row in session.scalars(select(Blob))}
         payloads = {row.id: row for row in kept_contributions(session)}
@@ -142,10 +142,12 @@ def _release(
             return "its record does not follow the one before it"
         known = set(
             session.scalars(
-                select(Contribution.manifest_digest).where(Contribution.round == record.round)
+                select(Contribution.manifest_digest).where(
+                    Contribution.manifest_digest.in_(record.contributions)
+                )
             )
         )
-        missing = set(record.contributions) - known if record.round else set()
+        missing = set(record.contributions) - known  # a re-merge has those of earlier rounds
         return f"{len(missing)} contributions that it names are unknown" if missing else None
 
     return check

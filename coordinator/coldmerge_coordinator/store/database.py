@@ -55,14 +55,20 @@ class Database:
             )
 
     @contextmanager
-    def read(self) -> Iterator[Session]:
-        """A session on one snapshot; whatever it changed is thrown away."""
+    def read(self, *, patient: bool = False) -> Iterator[Session]:
+        """A session on one snapshot; whatever it changed is thrown away.
+
+        `patient`: also when much time passes between two questions, as when files are read
+        meanwhile. It locks no row, so nobody waits for it.
+        """
         with (
             translated(),
             Session(
                 self._reader, expire_on_commit=False, autoflush=False, info=self._info
             ) as session,
         ):
+            if patient and self.engine.dialect.name == "postgresql":
+                session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             yield session
 
     @contextmanager

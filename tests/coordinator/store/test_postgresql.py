@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -250,6 +251,36 @@ def test_a_paused_process_keeps_no_row_locked(url: str, monkeypatch: pytest.Monk
         assert session.execute(text("SELECT holder FROM lease")).scalar() == "next"
     paused.close()
     other.close()
+
+
+def test_a_patient_reader_may_read_files_meanwhile(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "IDLE_MS", 200)
+    database, backend = Database(url), text("SELECT pg_backend_pid()")
+    alive = text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
+
+    def read_twice(*, patient: bool) -> None:
+        with database.read(patient=patient) as session:
+            session.execute(backend)
+            with database.engine.connect() as other:
+                pid = other.execute(backend).scalar()  # idle after the first, so ended after it
+                other.rollback()
+                other.execute(backend)
+                with closing(Database(url)) as watch:
+
+                    def ended() -> bool:
+                        with watch.read() as look:
+                            return not look.execute(alive, {"pid": pid}).scalar()
+
+                    until("the end of who was idle", ended)
+                other.invalidate()
+            session.execute(backend)
+
+    read_twice(patient=True)
+    with pytest.raises(UnavailableError):
+        read_twice(patient=False)
+    database.close()
 
 
 def test_without_its_driver_it_says_what_to_install() -> None:
