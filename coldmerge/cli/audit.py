@@ -31,7 +31,7 @@ PANEL = "Evidence"
 
 FolderOption = Annotated[
     Path | None,
-    typer.Option("--dir", help="A coordinator's folder, served or not. Default: ask over the net."),
+    typer.Option("--dir", help="A coordinator's folder, served or not. Default: ask it."),
 ]
 CheckpointOption = Annotated[
     Path | None,
@@ -79,7 +79,7 @@ def show(
     timeout: TimeoutOption = 60.0,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
-    """Show the log's entries. Over the net: for an auditor or admin."""
+    """Show the log's entries. Over the network: for an auditor or admin."""
     from coldmerge.core.audit_log import kind_of, read_leaf, time_of
 
     rows: list[dict[str, object]] = []
@@ -151,7 +151,7 @@ def verify(
     timeout: TimeoutOption = 60.0,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
-    """Verify a log: an exported FILE, a folder (--dir), or the coordinator's, over the net.
+    """Verify a log: an exported FILE, a folder (--dir), or the coordinator's, over the network.
 
     Every entry, every checkpoint's root and signature, and every record's chain. Exits 10
     on the first difference and names its position.

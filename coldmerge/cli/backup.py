@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coldmerge.cli.local import coordinator_folder
+from coldmerge.cli.local import FolderArgument, coordinator_folder
 from coldmerge.cli.output import (
     Format,
     FormatOption,
@@ -18,10 +18,7 @@ from coldmerge.cli.output import (
     print_record,
     print_rows,
 )
-
-FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")]
-DAMAGED = 10
-"""Exit status when something is missing or damaged, as of an IntegrityError."""
+from coldmerge.core.errors import IntegrityError
 
 
 def register(group: typer.Typer) -> None:
@@ -67,9 +64,11 @@ def backup(
 def restore(
     source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Made by `coordinator backup`.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder to create.")],
-    database_url: Annotated[
+    database: Annotated[
         str | None,
-        typer.Option(help="An empty database to restore into, if not the configuration's."),
+        typer.Option(
+            metavar="URL", help="An empty database to restore into, if not the configuration's."
+        ),
     ] = None,
     blobs: Annotated[
         str | None,
@@ -81,7 +80,7 @@ def restore(
     from coldmerge_coordinator.backup import restore as run
 
     with bars(fmt) as progress:
-        index = run(source, folder, database_url=database_url, blobs=blobs, progress=progress)
+        index = run(source, folder, database_url=database, blobs=blobs, progress=progress)
     print_record(
         {
             "folder": str(folder),
@@ -101,7 +100,7 @@ def restore(
 def verify(folder: FolderArgument, fmt: FormatOption = Format.TABLE) -> None:
     """Read everything a coordinator keeps and compare every hash, signature and chain.
 
-    Ends with status 10 if something is missing or damaged, and names all of it.
+    Exits 10 if something is missing or damaged, and names all of it.
     """
     from coldmerge_coordinator.backup import verify as run
     from coldmerge_coordinator.store import Store
@@ -119,4 +118,4 @@ def verify(folder: FolderArgument, fmt: FormatOption = Format.TABLE) -> None:
         out.print(f"Checked: {counts}.", highlight=False)
         print_rows(problems, fmt, empty="Everything is there, and as it was signed.")
     if problems:
-        raise typer.Exit(DAMAGED)
+        raise typer.Exit(IntegrityError.exit_status)

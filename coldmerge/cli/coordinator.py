@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from coldmerge.cli import backup, rotation
-from coldmerge.cli.local import PANEL, coordinator_folder
+from coldmerge.cli.local import PANEL, FolderArgument, coordinator_folder
 from coldmerge.cli.output import Format, FormatOption, err, out, print_record
 
 group = typer.Typer(
@@ -31,7 +31,7 @@ def init(
     ] = None,
     host: Annotated[
         list[str] | None,
-        typer.Option(help="A name contributors reach this machine by; may be repeated."),
+        typer.Option(help="A name contributors reach this machine by. Repeatable."),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="mTLS port; 0: any free one.")] = 7443,
     enrol_port: Annotated[
@@ -82,11 +82,11 @@ def init(
 
 @group.command(epilog="Example: coldmerge coordinator serve ./hub --only api --only driver")
 def serve(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made by `coordinator init`.")],
+    folder: FolderArgument,
     only: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PART", help="Run only api, driver or worker; may be repeated. Default: all."
+            metavar="PART", help="Run only api, driver or worker. Repeatable. Default: all."
         ),
     ] = None,
 ) -> None:
@@ -98,7 +98,7 @@ def serve(
 
 @group.command(epilog="Example: coldmerge coordinator gc ./hub --dry-run")
 def gc(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made by `coordinator init`.")],
+    folder: FolderArgument,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")
     ] = False,
@@ -109,17 +109,17 @@ def gc(
     from coldmerge_coordinator.retention import summary
     from coldmerge_coordinator.store import Store
 
-    with Store.open(folder) as store:
+    with Store.open(coordinator_folder(folder)) as store:
         removed = summary(store, SystemClock().now(), dry_run=dry_run)
     print_record({"dry_run": dry_run, **removed}, fmt)
 
 
 @group.command(epilog="Example: coldmerge coordinator health ./hub --only api")
 def health(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Made by `coordinator init`.")],
+    folder: FolderArgument,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PART", help="api, driver or worker; may be repeated. Default: api."),
+        typer.Option(metavar="PART", help="api, driver or worker. Repeatable. Default: api."),
     ] = None,
 ) -> None:
     """Succeed if the coordinator of DIR serves. For health checks, beside the process."""

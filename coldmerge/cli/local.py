@@ -25,6 +25,7 @@ DirOption = Annotated[
     ),
 ]
 DEFAULT_DIR = Path("coordinator")
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Made by `coordinator init`.")]
 PANEL = "Coordinator"
 
 

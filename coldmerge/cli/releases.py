@@ -9,9 +9,12 @@ import typer
 
 from coldmerge.cli.local import DEFAULT_DIR, PANEL, DirOption, ask, coordinator_folder, local
 from coldmerge.cli.output import Format, FormatOption, bars, out, print_record, print_rows
+from coldmerge.core.errors import IntegrityError
 
 group = typer.Typer(
-    help="List, export and roll back releases.", no_args_is_help=True, rich_markup_mode="markdown"
+    help="List, export, verify and roll back releases.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
 )
 
 
@@ -135,7 +138,7 @@ def verify(
 ) -> None:
     """Check a release's signatures and bytes, and merge its contributions again.
 
-    Answers exact, within-tolerance, inputs-erased or different (exit status 10).
+    Answers exact, within-tolerance, inputs-erased or different. Exits 10 if different.
     """
     import tempfile
 
@@ -160,4 +163,4 @@ def verify(
         fmt,
     )
     if found.answer == "different":
-        raise typer.Exit(10)
+        raise typer.Exit(IntegrityError.exit_status)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from coldmerge.cli.local import coordinator_folder
+from coldmerge.cli.local import FolderArgument, coordinator_folder
 from coldmerge.cli.output import Format, FormatOption, err, print_record
 
 group = typer.Typer(
@@ -15,7 +15,6 @@ group = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Made by `coordinator init`.")]
 
 
 @group.command(

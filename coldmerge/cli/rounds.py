@@ -250,7 +250,7 @@ def remerge(
     model: Annotated[str, typer.Argument(help="Name of the model.")],
     without: Annotated[
         list[str],
-        typer.Option(help="An organization, or the id of a contribution. May be repeated."),
+        typer.Option(help="An organization, or the id of a contribution. Repeatable."),
     ],
     reason: ReasonOption = "",
     folder: DirOption = DEFAULT_DIR,

@@ -241,7 +241,7 @@ def test_damage_is_found(live: Live, spoil: Callable[[Store, Release], None], ki
 def test_commands(live: Live, tmp_path: Path) -> None:
     hub, backup, again = str(live.folder), str(tmp_path / "backup"), str(tmp_path / "again")
     runner, url = CliRunner(), elsewhere()
-    into = ["--database-url", url] if url else []
+    into = ["--database", url] if url else []
     for command in (["backup", hub, backup], ["restore", backup, again, *into], ["verify", again]):
         done = runner.invoke(app, ["coordinator", *command, "--format", "json"])
         assert done.exit_code == 0, done.output

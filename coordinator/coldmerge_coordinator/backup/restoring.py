@@ -112,7 +112,7 @@ def _restore_rows(backup: Path, index: Index, url: str) -> None:
                 "restore.database_not_empty",
                 "There is a coordinator in that database already.",
                 expected="an empty database",
-                hint="Create another one, and name it with --database-url.",
+                hint="Create another one, and name it with --database.",
             )
         migrate(url, index.revision)
         with database.write() as session:
