@@ -57,7 +57,7 @@ def _log(folder: Path | None, home: Path | None, timeout: float) -> AuditFile:
     """The log of a folder, or of the coordinator that a home belongs to."""
     if folder is not None:
         from coldmerge.core.clock import SystemClock
-        from coldmerge_coordinator.audit_export import export as made
+        from coldmerge_coordinator.audit.export import export as made
 
         with _stored(folder) as store:
             return made(store, SystemClock().now())
@@ -164,7 +164,7 @@ def verify(
     if file is not None:
         checked = read_audit_file(file).check(known, *kept)
     elif folder is not None:
-        from coldmerge_coordinator.audit_export import check_stored
+        from coldmerge_coordinator.audit.export import check_stored
 
         with _stored(folder) as store:
             checked = check_stored(store, *kept)

@@ -95,7 +95,7 @@ def open_round(
 
     from coldmerge.rounds.policy import RoundPolicy, load_yaml
     from coldmerge.wire.v1 import admin_pb2
-    from coldmerge_coordinator.recipes import cautions
+    from coldmerge_coordinator.merging.recipes import cautions
 
     given = load_yaml(policy).to_json() if policy else {}
     options = {"min_contributions": minimum, "max_contributions": maximum, "duration": duration}

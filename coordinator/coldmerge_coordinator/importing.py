@@ -27,14 +27,14 @@ from coldmerge.wire.channel import MAX_DOCUMENT_IN_MESSAGE
 from coldmerge.wire.convert import tensor_to_proto
 from coldmerge_coordinator import audit
 from coldmerge_coordinator.actors import LOCAL_ADMIN
-from coldmerge_coordinator.recipes import cautions, resolved
+from coldmerge_coordinator.merging.recipes import cautions, resolved
+from coldmerge_coordinator.merging.tensor_sink import TensorSink
 from coldmerge_coordinator.schedule import next_tick
 from coldmerge_coordinator.store import Store, collection
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Model
 from coldmerge_coordinator.store.room import check_room
-from coldmerge_coordinator.tensor_sink import TensorSink
 
 ROOM_BESIDE = 64 * 2**10
 """Bytes of a message for what goes beside the tensors: files, record, metrics."""

@@ -21,11 +21,11 @@ from coldmerge.core.digests import Content, master_digest
 from coldmerge.core.documents import Manifest, ReleaseRecord, Signed, verify
 from coldmerge.core.errors import ColdmergeError, IntegrityError, ManifestError, NotFoundError
 from coldmerge.core.progress import Counter, Progress, silent
-from coldmerge_coordinator.candidate import Candidate
+from coldmerge_coordinator.merging.candidate import Candidate
+from coldmerge_coordinator.merging.works import Base, base_of, job_of, merged
 from coldmerge_coordinator.store import Store, keys, releases, states
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Contribution, Machine, Release, Round
-from coldmerge_coordinator.works import Base, base_of, job_of, merged
 
 Answer = Literal["exact", "within-tolerance", "inputs-erased", "different"]
 TOLERANCE = 1e-4

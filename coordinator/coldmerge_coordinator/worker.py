@@ -25,8 +25,9 @@ from coldmerge.core.errors import ColdmergeError, ConflictError, ResourceError, 
 from coldmerge.core.files import raise_if_full
 from coldmerge.rounds.state import MergeDone, MergeFailed, MergeStarted, State
 from coldmerge_coordinator import replica
-from coldmerge_coordinator.candidate import Candidate
 from coldmerge_coordinator.logs import log_to_stderr
+from coldmerge_coordinator.merging.candidate import Candidate
+from coldmerge_coordinator.merging.works import merge_round
 from coldmerge_coordinator.store import (
     Store,
     collection,
@@ -38,7 +39,6 @@ from coldmerge_coordinator.store import (
 )
 from coldmerge_coordinator.store import releases as release_table
 from coldmerge_coordinator.store.leases import Held
-from coldmerge_coordinator.works import merge_round
 
 TERM = timedelta(seconds=30)
 BEAT = timedelta(seconds=5)

@@ -11,7 +11,7 @@ from coldmerge.core.errors import ConfigError
 from coldmerge.merging import merger_class, method_names, uniform
 from coldmerge.rounds.policy import MergePolicy, RoundPolicy
 from coldmerge.rounds.statistics import statistics_for, trim_density
-from coldmerge_coordinator.recipes import resolved
+from coldmerge_coordinator.merging.recipes import resolved
 
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in method_names()),

@@ -12,7 +12,7 @@ from coldmerge.merging import merger_class, method_names, uniform
 from coldmerge.rounds.policy import MergePolicy, RoundPolicy, RoundTemplate
 from coldmerge.rounds.state import Abandon
 from coldmerge_coordinator.importing import check_template, set_template
-from coldmerge_coordinator.recipes import cautions, resolved
+from coldmerge_coordinator.merging.recipes import cautions, resolved
 from coldmerge_coordinator.store import contributions, releases, rounds
 from coldmerge_coordinator.worker import BEAT, Worker, run_once
 
@@ -122,8 +122,9 @@ def test_methods_of_weights_read_the_published_release_and_move_the_master(bench
     published = bench.published(bench.release())["w"].astype(np.float32)
     assert np.any(master != published)
 
-    rules = {"merge": {"method": "linear"}, "screening": {"clip": None}}
-    opened = bench.open_round(min_contributions=2, **rules)  # far longer than `hidden`
+    opened = bench.open_round(  # far longer than `hidden`: unclipped
+        min_contributions=2, merge={"method": "linear"}, screening={"clip": None}
+    )
     taus = {"a": draw(6, 1e-2), "b": draw(7, 1e-2)}
     for name, tau in taus.items():
         bench.contribute(opened, name, {"w": tau})

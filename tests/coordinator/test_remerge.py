@@ -12,10 +12,10 @@ from coldmerge.core.documents import ReleaseRecord
 from coldmerge.core.errors import ConfigError, ConflictError, NotFoundError
 from coldmerge.merging.outer import outer
 from coldmerge.rounds.state import State
+from coldmerge_coordinator.merging.works import blobs_of, job_of, merged
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import contributions, lineage, rounds, states
 from coldmerge_coordinator.worker import run_once
-from coldmerge_coordinator.works import blobs_of, job_of, merged
 
 if TYPE_CHECKING:
     from tests.coordinator.conftest import Bench

@@ -23,7 +23,7 @@ from coldmerge_coordinator.store.models import Blob, Contribution, Upload
 from coldmerge_coordinator.worker import Worker, run_once
 
 if TYPE_CHECKING:
-    from coldmerge_coordinator.candidate import Candidate
+    from coldmerge_coordinator.merging.candidate import Candidate
     from coldmerge_coordinator.store.leases import Held
     from tests.coordinator.conftest import Bench
 

@@ -25,7 +25,7 @@ subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", sys.argv[1]],
 from datetime import timedelta
 import numpy as np
 from sqlalchemy import select
-from coldmerge_coordinator import candidate
+from coldmerge_coordinator.merging import candidate
 from coldmerge_coordinator.store.models import Notice
 from coldmerge_coordinator.worker import RETRY_FULL, Worker
 from tests.coordinator.conftest import Bench, make_store

@@ -15,7 +15,7 @@ from coldmerge.core.errors import ColdmergeError
 from coldmerge.core.keys import Keyring
 from coldmerge.core.progress import Advance, Counter, Progress, silent
 from coldmerge.core.task_vector import TaskVector
-from coldmerge_coordinator.audit_export import check_stored
+from coldmerge_coordinator.audit.export import check_stored
 from coldmerge_coordinator.backup.making import kept_contributions
 from coldmerge_coordinator.store import Store, releases
 from coldmerge_coordinator.store import keys as key_table

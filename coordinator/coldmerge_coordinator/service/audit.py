@@ -9,7 +9,7 @@ from typing import Any
 from coldmerge.core.evidence import AuditCheckpoint
 from coldmerge.wire.convert import signed_to_proto
 from coldmerge.wire.v1 import audit_pb2, audit_pb2_grpc
-from coldmerge_coordinator import checkpoints
+from coldmerge_coordinator.audit import checkpoints
 from coldmerge_coordinator.auth import caller
 from coldmerge_coordinator.service.backend import Backend
 

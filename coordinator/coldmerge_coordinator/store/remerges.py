@@ -18,7 +18,7 @@ from coldmerge.core.ids import new_id
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import State
 from coldmerge_coordinator.actors import LOCAL_ADMIN
-from coldmerge_coordinator.recipes import recipe_of
+from coldmerge_coordinator.merging.recipes import recipe_of
 from coldmerge_coordinator.store import lineage, releases, round_log, rounds
 from coldmerge_coordinator.store.lineage import Replay
 from coldmerge_coordinator.store.models import Contribution, Release, Round

@@ -21,7 +21,7 @@ from coldmerge.rounds.gate import check_evaluation
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import Effect, Event, RoundView, State
 from coldmerge_coordinator.actors import COORDINATOR
-from coldmerge_coordinator.recipes import resolved
+from coldmerge_coordinator.merging.recipes import resolved
 from coldmerge_coordinator.store import (
     contributions,
     notices,

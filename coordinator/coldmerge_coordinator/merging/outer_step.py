@@ -14,7 +14,7 @@ from coldmerge.core.documents import TensorEntry
 from coldmerge.core.dtypes import BLOCK, Floats32, Floats64, as_bytes, blocks, size
 from coldmerge.merging import Block, Job, Pool
 from coldmerge.merging.outer import Outer
-from coldmerge_coordinator.likeness import Likeness
+from coldmerge_coordinator.merging.likeness import Likeness
 from coldmerge_coordinator.store.blobs import BlobStore, BlobWriter
 from coldmerge_coordinator.store.states import OuterState
 

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from coldmerge.core.digests import Content
 from coldmerge.core.files import PositionalFile
-from coldmerge_coordinator.candidate import Candidate, Sealed, Work, build
-from coldmerge_coordinator.sources import Beat
+from coldmerge_coordinator.merging.candidate import Candidate, Sealed, Work, build
+from coldmerge_coordinator.merging.sources import Beat
 from coldmerge_coordinator.store import Store, contributions, releases, rounds, screening, states
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.lineage import Step, replay_of

@@ -12,7 +12,8 @@ from coldmerge.core.audit_log import Checked, check_log
 from coldmerge.core.documents import Signed
 from coldmerge.core.errors import IntegrityError
 from coldmerge.core.merkle import Frontier, leaf_hash
-from coldmerge_coordinator import audit, checkpoints
+from coldmerge_coordinator import audit
+from coldmerge_coordinator.audit import checkpoints
 from coldmerge_coordinator.store import Store, keys
 from coldmerge_coordinator.store.models import AuditCheckpoint, AuditHead, AuditNode
 

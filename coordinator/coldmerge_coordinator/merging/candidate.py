@@ -24,14 +24,14 @@ from coldmerge.rounds.statistics import statistics_for
 from coldmerge.screening.report import Inner
 from coldmerge.screening.scaled import Vector, scaled
 from coldmerge.screening.shares import BOUNDED, Shares, bounded_shares
-from coldmerge_coordinator.likeness import Likeness
-from coldmerge_coordinator.outer_step import OuterStep, Place
-from coldmerge_coordinator.recipes import outer_of, recipe_of
-from coldmerge_coordinator.sources import Beat, Beating, Blobs
+from coldmerge_coordinator.merging.likeness import Likeness
+from coldmerge_coordinator.merging.outer_step import OuterStep, Place
+from coldmerge_coordinator.merging.recipes import outer_of, recipe_of
+from coldmerge_coordinator.merging.sources import Beat, Beating, Blobs
+from coldmerge_coordinator.merging.tensor_sink import Stored, TensorSink
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.room import check_room
 from coldmerge_coordinator.store.states import OuterState
-from coldmerge_coordinator.tensor_sink import Stored, TensorSink
 
 MAX_THREADS = 16
 """Memory is O(threads), so that a large machine does not need more than a small one has."""

@@ -1,0 +1,1 @@
+"""The merge of a round at the coordinator: from contributions and masters in the store to blobs."""
