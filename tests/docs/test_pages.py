@@ -96,10 +96,16 @@ def _verbs(group: click.Group) -> set[str]:
     "page",
     [
         "README.md",
+        "docs/audit.md",
+        "docs/deploy.md",
         "docs/errors.md",
+        "docs/leaving.md",
         "docs/merging.md",
+        "docs/replicas.md",
         "docs/rounds.md",
         "docs/screening.md",
+        "docs/security.md",
+        "docs/storage.md",
         "docs/training.md",
     ],
 )
