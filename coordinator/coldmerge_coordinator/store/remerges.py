@@ -5,7 +5,6 @@ What was taken out is not unlearned: later updates were trained on releases that
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -15,13 +14,12 @@ from sqlalchemy.orm import Session
 
 from coldmerge.core.errors import ConfigError, ConflictError
 from coldmerge.core.ids import new_id
-from coldmerge.rounds.policy import RoundPolicy
-from coldmerge.rounds.state import State
+from coldmerge.rounds.state import RoundView, State
 from coldmerge_coordinator.actors import LOCAL_ADMIN
 from coldmerge_coordinator.merging.recipes import recipe_of
-from coldmerge_coordinator.store import lineage, releases, round_log, rounds
+from coldmerge_coordinator.store import lineage, rounds
 from coldmerge_coordinator.store.lineage import Replay
-from coldmerge_coordinator.store.models import Contribution, Release, Round
+from coldmerge_coordinator.store.models import Contribution, Round
 
 
 def open_remerge(
@@ -50,9 +48,7 @@ def open_remerge(
             hint="Give --without with an organization or the id of a contribution.",
             model=model,
         )
-    releases.get_model(session, model, lock=True)
-    base = releases.latest_release(session, model)
-    rounds.refuse_second(model, rounds.active_round(session, model))
+    base = rounds.base_of_next(session, model)
     removed = lineage.digests_of(session, model, named)
     whole = lineage.lineage(session, model, base.number)
     plan = lineage.without(whole, removed, model)
@@ -60,34 +56,12 @@ def open_remerge(
     last = session.get_one(Round, whole.steps[-1].round)
     judges = _contributors(session, (plan.steps or whole.steps)[-1].inputs)
     plan = replace(plan, evaluators=tuple(judges), reason=reason)
-    return _insert(session, base, plan, rounds.get_policy(last), now, actor)
-
-
-def _insert(
-    session: Session, base: Release, plan: Replay, policy: RoundPolicy, now: datetime, actor: str
-) -> Round:
-    row = Round(
-        id=new_id("round"),
-        model=base.model,
-        state=State.SEALED,
-        active=True,
-        version=1,
-        base_number=base.number,
-        base_digest=base.content_digest,
-        policy=policy.to_json(),
-        probe_seed=secrets.randbelow(2**31),
-        trial=0,
-        sealed_inputs=plan.inputs,
-        replay=plan.to_json(),
-        opened_at=now,
-        merge_attempts=0,
-        held=False,
-        reason=f"re-merge of {len(plan.steps)} rounds from release {plan.start} on",
+    text = f"re-merge of {len(plan.steps)} rounds from release {plan.start} on"
+    policy = rounds.get_policy(last)
+    sealed = RoundView(new_id("round"), model, State.SEALED, policy, opened_at=now, reason=text)
+    return rounds.insert(
+        session, base, sealed, actor, sealed_inputs=plan.inputs, replay=plan.to_json()
     )
-    session.add(row)
-    session.flush()
-    round_log.opened(session, row, now, actor)
-    return row
 
 
 def _contributors(session: Session, digests: Sequence[str]) -> list[str]:

@@ -167,39 +167,22 @@ def open_round(
         ConflictError: a round of the model is going on.
     """
     policy = resolved(policy)
-    releases.get_model(session, model, lock=True)  # openers queue up here
-    base = releases.latest_release(session, model)
-    refuse_second(model, active_round(session, model))
+    base = base_of_next(session, model)
     opened = state.open_view(new_id("round"), model, policy, now)
-    row = Round(
-        id=opened.id,
-        model=model,
-        state=opened.state,
-        active=True,
-        version=1,
-        base_number=base.number,
-        base_digest=base.content_digest,
-        policy=policy.to_json(),
-        probe_seed=secrets.randbelow(2**31),
-        screening=screening.opening(session, base, policy.screening),
-        trial=0,
-        opened_at=now,
-        closes_at=opened.closes_at,
-        merge_attempts=0,
-        held=False,
-    )
-    session.add(row)
-    session.flush()
-    round_log.opened(session, row, now, actor)
-    return row
+    seen = screening.opening(session, base, policy.screening)
+    return insert(session, base, opened, actor, screening=seen)
 
 
-def refuse_second(model: str, active: Round | None) -> None:
-    """Refuse a round of a model that has one.
+def base_of_next(session: Session, model: str) -> Release:
+    """The release that a new round of the model starts from: openers queue up here.
 
     Raises:
-        ConflictError: `active` is going on.
+        NotFoundError: no such model, or it has no release.
+        ConflictError: a round of the model is going on.
     """
+    releases.get_model(session, model, lock=True)
+    base = releases.latest_release(session, model)
+    active = active_round(session, model)
     if active is not None:
         raise ConflictError(
             "round.already_active",
@@ -210,6 +193,35 @@ def refuse_second(model: str, active: Round | None) -> None:
             model=model,
             round=active.id,
         )
+    return base
+
+
+def insert(
+    session: Session, base: Release, view: RoundView, actor: str, **columns: object
+) -> Round:
+    """A new round on `base`, flushed and logged; `columns` are what a view does not have."""
+    row = Round(
+        id=view.id,
+        model=view.model,
+        state=view.state,
+        active=True,
+        version=1,
+        base_number=base.number,
+        base_digest=base.content_digest,
+        policy=view.policy.to_json(),
+        probe_seed=secrets.randbelow(2**31),
+        trial=0,
+        opened_at=view.opened_at,
+        closes_at=view.closes_at,
+        merge_attempts=0,
+        held=False,
+        reason=view.reason,
+        **columns,
+    )
+    session.add(row)
+    session.flush()
+    round_log.opened(session, row, view.opened_at, actor)
+    return row
 
 
 def apply(
