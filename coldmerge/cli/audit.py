@@ -31,7 +31,9 @@ PANEL = "Evidence"
 
 FolderOption = Annotated[
     Path | None,
-    typer.Option("--dir", help="A coordinator's folder, served or not. Default: ask it."),
+    typer.Option(
+        "--dir", help="A coordinator's folder, served or not. Default: ask over the network."
+    ),
 ]
 CheckpointOption = Annotated[
     Path | None,

@@ -12,7 +12,9 @@ from coldmerge.cli.local import PANEL, FolderArgument, coordinator_folder
 from coldmerge.cli.output import Format, FormatOption, err, out, print_record
 
 group = typer.Typer(
-    help="Make and run a coordinator.", no_args_is_help=True, rich_markup_mode="markdown"
+    help="Make, run, back up and check a coordinator.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
 )
 
 

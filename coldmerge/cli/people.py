@@ -134,7 +134,7 @@ def revoke(
     folder: DirOption = DEFAULT_DIR,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
-    """Shut an organization, or one machine, out. Effective on its next call."""
+    """Shut an organization, or one machine, out. What it has open ends within seconds."""
     from coldmerge.wire.v1 import admin_pb2
 
     with local(folder) as coordinator:

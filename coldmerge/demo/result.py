@@ -10,8 +10,6 @@ from typing import Any
 
 from coldmerge.demo.scores import Measure, Scores, across, measure
 
-PRETRAINED = "PUBLISHED"
-
 
 @dataclass(frozen=True)
 class Row:
