@@ -8,6 +8,7 @@ one starts the merge from scratch and comes to the same bytes.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -21,7 +22,13 @@ from types import FrameType
 import structlog
 
 from coldmerge.core.clock import Clock, SystemClock
-from coldmerge.core.errors import ColdmergeError, ConflictError, ResourceError, UnavailableError
+from coldmerge.core.errors import (
+    ColdmergeError,
+    ConfigError,
+    ConflictError,
+    ResourceError,
+    UnavailableError,
+)
 from coldmerge.core.files import raise_if_full
 from coldmerge.rounds.state import MergeDone, MergeFailed, MergeStarted, State
 from coldmerge_coordinator import replica
@@ -46,6 +53,10 @@ RETRY = timedelta(seconds=5)
 RETRY_FULL = timedelta(seconds=30)
 STALE = timedelta(minutes=10)
 POLL_SECONDS = 0.3
+_PASSING = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
+)
+"""What a system says that is short of something now, or whose file server does not answer."""
 
 log = structlog.get_logger()
 
@@ -77,7 +88,8 @@ class Worker:
     def run_once(self) -> bool:
         """Merge one round if one waits: whether there was one to work on.
 
-        A failed merge is counted on the round. A full disk is noted and tried again later.
+        A failed merge is counted on the round. A full disk, or a bucket that lets nobody in,
+        is noted and tried again later.
         """
         now = self._clock.now()
         with self._store.database.read() as session:
@@ -118,13 +130,19 @@ class Worker:
                 candidate = merge_round(self._store, round_id, heart.beat)
                 self._finish(round_id, held, candidate)
             logger.info("merge.done", candidate=candidate.content.digest, note=candidate.note)
-        except (_Interrupted, UnavailableError) as reason:
+        except _Interrupted as reason:
             logger.info("merge.interrupted", reason=str(reason))
             self._let_go(held)
-        except ResourceError as error:
-            logger.warning("merge.waits", error=error.message, code=error.code)
-            self._pause(round_id, held, error)
+        except UnavailableError as error:
+            logger.info("merge.interrupted", reason=str(error))
+            if error.code != "blob.collected":
+                self._not_before[round_id] = self._clock.now() + RETRY
+            self._let_go(held)
         except Exception as error:
+            if _passes(error):
+                logger.warning("merge.waits", error=_sentence(error))
+                self._pause(round_id, held, error)
+                return
             if _moved_on(error):
                 logger.info("merge.superseded", reason=str(error))
                 return
@@ -155,12 +173,13 @@ class Worker:
             rounds.apply(session, row, MergeFailed(_sentence(error)), now, self._store.signer)
             leases.release(session, held, now)
 
-    def _pause(self, round_id: str, held: Held, error: ResourceError) -> None:
+    def _pause(self, round_id: str, held: Held, error: Exception) -> None:
         """Note once why the merge waits: on the round, and to the webhook."""
         now = self._clock.now()
         self._not_before[round_id] = now + RETRY_FULL
         self._store.blobs.sweep((now - STALE).timestamp())
-        reason = f"the merge waits: {error.message}"
+        message = error.message if isinstance(error, ColdmergeError) else _sentence(error)
+        reason = f"the merge waits: {message}"
         with self._store.database.write() as session:
             leases.check(session, held)
             leases.release(session, held, now)
@@ -223,6 +242,15 @@ def _moved_on(error: Exception) -> bool:
     """Whether another process has the round now, or an admin has ended it."""
     codes = {"lease.lost", "round.wrong_state", "round.moved"}
     return isinstance(error, ConflictError) and error.code in codes
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same merge may well succeed later: then the round does not pay for it."""
+    if isinstance(error, OSError):
+        return error.errno in _PASSING
+    if isinstance(error, ConfigError):  # the keys of the bucket, or of the database, are changed
+        return error.code.startswith(("s3.", "store."))
+    return isinstance(error, ResourceError) or getattr(error, "code", "") == "s3.not_stored"
 
 
 def _sentence(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
@@ -18,6 +19,7 @@ from coldmerge.rounds.policy import MergePolicy
 from coldmerge.rounds.state import Abandon
 from coldmerge_coordinator import worker as worker_module
 from coldmerge_coordinator.store import contributions, leases, releases, rounds
+from coldmerge_coordinator.store.bucket import our_error
 from coldmerge_coordinator.store.models import Master, Notice
 from coldmerge_coordinator.worker import Worker, run_once
 
@@ -189,6 +191,39 @@ def test_a_corrupt_contribution_fails_three_times_and_ends_the_round(bench: Benc
             n.body["kind"] for n in session.scalars(select(Notice).order_by(Notice.created_at))
         ]
     assert sorted(kinds) == ["round.abandoned", "round.stuck", "round.stuck"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        our_error("blobs/ab/abc", "PermissionDeniedError", "<Code>AccessDenied</Code>"),
+        our_error("blobs/ab/abc", "GenericError", "<Code>NoSuchBucket</Code>"),
+        our_error("blobs/ab/abc", "GenericError", "connection refused"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        OSError(errno.EMFILE, "Too many open files"),
+    ],
+    ids=["denied", "no-bucket", "away", "stale", "descriptors"],
+)
+def test_an_outage_that_passes_costs_the_round_no_attempt(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    bench.add_model(model())
+    round_id = bench.open_round()
+    bench.contribute(round_id, "a", {"body.bias": random(5, COLUMNS)})
+    worker = Worker(bench.store, bench.clock)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker_module, "merge_round", fail)
+        for _ in range(4):
+            assert worker.run_once()
+            assert not worker.run_once(), "it waits a while between attempts"
+            bench.clock.advance(worker_module.RETRY_FULL)
+    assert (bench.round(round_id).state, bench.round(round_id).merge_attempts) == ("MERGING", 0)
+    assert worker.run_once()
+    assert bench.round(round_id).state == "PUBLISHED"
 
 
 def test_a_missing_contribution_file_is_a_failed_merge(bench: Bench) -> None:
