@@ -13,7 +13,7 @@ from datetime import datetime
 from itertools import islice
 from typing import Any, TypeVar
 
-from sqlalchemy import delete, func, or_, select, union
+from sqlalchemy import Select, delete, func, or_, select, union
 from sqlalchemy.orm import Session
 
 from coldmerge_coordinator import audit
@@ -26,6 +26,7 @@ from coldmerge_coordinator.store.models import (
     Content,
     Contribution,
     Master,
+    Model,
     OuterState,
     Release,
     Round,
@@ -97,25 +98,35 @@ def _contributions(store: Store, now: datetime, dry_run: bool) -> Iterator[Colle
     keep = store.config.retention.contributions
     if keep is None:
         return
-    ended = select(Round.id).where(Round.ended_at < now - keep, ~Round.active)
+    with store.database.read() as session:
+        found = list(session.scalars(_erasable(now - keep).with_only_columns(Contribution.id)))
+    for batch in _batches(found):
+        yield _erase(store, batch, now - keep, now, dry_run)
+
+
+def _erasable(before: datetime) -> Select[Contribution]:
+    ended = select(Round.id).where(Round.ended_at < before, ~Round.active)
     busy = select(Round.model).where(Round.active)  # a re-merge may read old rounds
-    query = select(Contribution.id).where(
+    return select(Contribution).where(
         Contribution.round.in_(ended),
         Contribution.model.not_in(busy),
         Contribution.payload_erased_at.is_(None),
         Contribution.state.not_in((REPLACED, WITHDRAWN)),
     )
-    with store.database.read() as session:
-        found = list(session.scalars(query))
-    for batch in _batches(found):
-        yield _erase(store, batch, now, dry_run)
 
 
-def _erase(store: Store, batch: Sequence[str], now: datetime, dry_run: bool) -> Collected:
-    database = store.database
-    with database.read() if dry_run else database.write() as session:
-        query = select(Contribution).where(Contribution.id.in_(batch))
-        rows = list(session.scalars(query if dry_run else query.with_for_update()))
+def _erase(
+    store: Store, batch: Sequence[str], before: datetime, now: datetime, dry_run: bool
+) -> Collected:
+    these = Contribution.id.in_(batch)
+    with store.database.read() if dry_run else store.database.write() as session:
+        query = _erasable(before).where(these)
+        if not dry_run:
+            # Nobody opens a re-merge meanwhile; one that is open by now keeps what it reads.
+            models = select(Model).where(Model.name.in_(select(Contribution.model).where(these)))
+            session.scalars(models.order_by(Model.name).with_for_update()).all()
+            query = query.with_for_update()
+        rows = list(session.scalars(query))
         for row in rows if not dry_run else ():
             row.payload_erased_at = now
             ids = {"contributor": row.contributor, "round": row.round, "contribution": row.id}

@@ -14,9 +14,10 @@ from sqlalchemy import select
 
 from coldmerge.core.digests import Content
 from coldmerge.rounds.state import Abandon
+from coldmerge_coordinator import retention
 from coldmerge_coordinator.config import Retention
 from coldmerge_coordinator.driver import COLLECT_EVERY, Driver
-from coldmerge_coordinator.retention import Collected, summary
+from coldmerge_coordinator.retention import Collected, collect, summary
 from coldmerge_coordinator.service.uploads import upload_id
 from coldmerge_coordinator.store import contributions, releases, rounds
 from coldmerge_coordinator.store.models import Blob, Contribution, Upload
@@ -209,6 +210,25 @@ def test_task_vectors_go_only_if_a_setting_says_so(bench: Bench) -> None:
     assert row.manifest
     assert not bench.store.payloads.exists(row.payload)
     all_of(bench)
+
+
+def test_what_a_re_merge_that_began_meanwhile_reads_is_not_erased(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "BATCH", 1)
+    for seed in (1, 2, 3):
+        play(bench, seed)
+    bench.clock.advance(LONG)
+    keep = bench.store.config.retention.model_copy(update={"contributions": 10 * DAY})
+    bench.store.config = bench.store.config.model_copy(update={"retention": keep})
+    steps = collect(bench.store, bench.clock.now())
+    assert next(found for found in steps if found.kind == "contribution").count == 1
+    bench.open_round()
+    assert sum(found.count for found in steps if found.kind == "contribution") == 0
+    with bench.store.database.read() as session:
+        rows = list(session.scalars(select(Contribution)))
+    assert [row.payload_erased_at is None for row in rows].count(True) == 2
+    assert sum(bench.store.payloads.exists(row.payload) for row in rows) == 2
 
 
 def test_the_driver_collects_every_hour_in_small_steps(
