@@ -253,9 +253,12 @@ def test_a_copy_waits_or_is_pointed_at(tmp_path: Path, policy: str, state: str) 
         assert states(victim) == ["ADMITTED"]
         ((found, reason),) = standing(thief)
         assert found == state
-        assert reason == (
-            "its tensor big.weight has the bytes that victim sent" if policy != "warn" else ""
-        )
+        sent = "its tensor big.weight has the bytes that {} sent"
+        assert reason == (sent.format("another organization") if policy != "warn" else "")
+        request = screening_pb2.GetHistoryRequest()
+        assert [e.reason for e in call(thief.screening.GetHistory, request).entries] == [reason]
+        told = [item.reason for item in waiting(live.machine("boss", "admin"))]
+        assert told == ([sent.format("victim")] if policy != "warn" else [])
         if policy == "warn":
             live.machine("c").contribute(round_, large(2))
             assert run_once(live.store, live.clock)
@@ -283,6 +286,10 @@ def test_revoking_takes_what_waits_out_of_quarantine(live: Live) -> None:
     round_ = live.open_round(**KNOWN)
     live.machine("a").contribute(round_, times(1000))
     assert len(waiting(boss)) == 1
-    revoke(live.store, "a", "", "caught", live.clock.now())
+    now = live.clock.now()
+    revoke(live.store, "a", "", "caught", now)
     assert waiting(boss) == []
     assert list(live.store.payloads.listed()) == []
+    with live.store.database.read() as session:
+        (row,) = session.query(Contribution)
+    assert (row.state, row.payload_erased_at) == ("WITHDRAWN", now)

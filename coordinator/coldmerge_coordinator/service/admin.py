@@ -202,7 +202,7 @@ def _take_back(
             continue
         for found in contributions.live_of(session, round_.id, contributor):
             counted = found.state == contributions.ADMITTED
-            found.state = contributions.WITHDRAWN
+            found.state, found.payload_erased_at = contributions.WITHDRAWN, now
             session.flush()
             contribution_log.about(session, "contribution.withdrawn", found, actor, now)
             if counted:

@@ -12,6 +12,7 @@ from coldmerge.rounds.isolation import Trial
 from coldmerge.wire.convert import put_content, signed_to_proto, timestamp
 from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2, models_pb2
 from coldmerge_coordinator.service.admin import machines_of
+from coldmerge_coordinator.service.screens import told
 from coldmerge_coordinator.store import contributions, releases, rounds, trials
 from coldmerge_coordinator.store.models import (
     Contribution,
@@ -117,7 +118,7 @@ def contribution_message(row: Contribution) -> contributions_pb2.Contribution:
         payload_bytes=row.payload_bytes,
         examples=row.examples,
         accepted_at=timestamp(row.accepted_at),
-        reason=row.reason or "",
+        reason=told(row),
     )
 
 

@@ -19,6 +19,7 @@ from coldmerge_coordinator.auth import Caller, caller, refuse_revoked
 from coldmerge_coordinator.service.backend import Backend
 from coldmerge_coordinator.service.messages import contribution_message
 from coldmerge_coordinator.service.rules import check_open
+from coldmerge_coordinator.service.screens import told
 from coldmerge_coordinator.store import contribution_log, contributions, people, rounds
 from coldmerge_coordinator.store.models import Contribution, Contributor, Round
 
@@ -204,7 +205,7 @@ def _entry(row: Contribution, round_: Round) -> screening_pb2.HistoryEntry:
         round=row.round,
         model=row.model,
         state=row.state,
-        reason=row.reason or "",
+        reason=told(row),
         accepted_at=timestamp(row.accepted_at),
         norm=row.norm,
         reference_norm=known.get("reference_norm") or 0.0,

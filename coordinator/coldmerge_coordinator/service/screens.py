@@ -15,6 +15,7 @@ from coldmerge.screening.duplicates import shared_tensor
 from coldmerge_coordinator.store import contribution_log, contributions, notices, rounds
 from coldmerge_coordinator.store.models import Contribution, Round
 
+_COPIED = re.compile(r"(has the bytes that )\S+( sent)$")
 _SHA256 = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
 
@@ -41,6 +42,11 @@ def reason_to_wait(session: Session, row: Round, manifest: Manifest, norm: float
         if found is not None:
             why = f"its tensor {found[0]} has the bytes that {found[1]} sent"
     return why
+
+
+def told(row: Contribution) -> str:
+    """Its reason as its contributor may read it: who else takes part is not told to all."""
+    return _COPIED.sub(r"\1another organization\2", row.reason or "")
 
 
 def _possible_twins(session: Session, manifest: Manifest) -> list[Manifest]:
