@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from coldmerge.core.checkpoint_writer import CheckpointWriter
+from coldmerge.core.documents import Evaluation, Scores
 from coldmerge.core.dtypes import NUMPY
 from coldmerge.core.header import TensorSpec
 
@@ -68,3 +69,24 @@ def write_model(folder: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> Pa
         writer.write_file("config.json", b'{"model_type": "test"}')
         writer.write_file("tokenizer.json", b"{}")
     return folder
+
+
+def evaluation(
+    round_: Any, contributor: str, at: datetime, points: int = 0, federation: str = "test"
+) -> Evaluation:
+    """`contributor` finds the candidate of a round better by `points`, on 100 items."""
+    return Evaluation(
+        federation=federation,
+        model=round_.model,
+        round=round_.id,
+        contributor=contributor,
+        base_digest=round_.base_digest,
+        candidate_digest=round_.candidate_digest or "0" * 64,
+        n=100,
+        base=Scores(accuracy=0.5, macro_f1=0.5),
+        candidate=Scores(accuracy=0.5 + points / 100, macro_f1=0.5),
+        gained=max(points, 0),
+        lost=max(-points, 0),
+        probe_seed=round_.probe_seed,
+        created_at=at,
+    )

@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from coldmerge.core.documents import Document, Evaluation, Scores, sign
+from coldmerge.core.documents import Document, sign
 from coldmerge.rounds.state import Abandon
 from coldmerge.wire.calls import call
 from coldmerge.wire.channel import local_channel, secure_channel
@@ -32,7 +32,7 @@ from tests.attacks.matrix import (
     methods,
 )
 from tests.harness import MODEL, Keys, Live, MachineClient, chunk, deltas
-from tests.support import until
+from tests.support import evaluation, until
 
 METHODS = methods()
 NOBODY = "nobody"
@@ -60,23 +60,8 @@ class Party:
 
     def evaluation(self, keys: Keys) -> Any:
         """An evaluation in this organization's name, signed with `keys`."""
-        scores = Scores(accuracy=0.5, macro_f1=0.5)
-        evaluation = Evaluation(
-            federation=self._live.store.federation,
-            model=MODEL,
-            round=self._round.id,
-            contributor=self.name,
-            base_digest=self._round.base_digest,
-            candidate_digest="0" * 64,
-            n=10,
-            base=scores,
-            candidate=scores,
-            gained=0,
-            lost=0,
-            probe_seed=0,
-            created_at=self._live.clock.now(),
-        )
-        return _signed(evaluation, keys)
+        judged = evaluation(self._round, self.name, self._live.clock.now())
+        return _signed(judged, keys)
 
 
 def _signed(document: Document, keys: Keys) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coldmerge.core.documents import Evaluation, Manifest, Scores, Signed, sign
+from coldmerge.core.documents import Manifest, Signed, sign
 from coldmerge.core.errors import (
     ColdmergeError,
     ConflictError,
@@ -24,6 +24,7 @@ from coldmerge.core.errors import (
 from coldmerge_coordinator.config import CoordinatorConfig, Limits, save
 from coldmerge_coordinator.store.models import Contribution, Round, Upload
 from tests.harness import BF16, Array, Live, MachineClient, coordinator, deltas
+from tests.support import evaluation
 
 FLIPS = 300
 
@@ -237,23 +238,8 @@ def test_another_rendering_of_the_same_content(shared: tuple[MachineClient, Roun
 
 def test_another_signed_document_is_no_manifest(shared: tuple[MachineClient, Round]) -> None:
     org, round_ = shared
-    scores = Scores(accuracy=0.5, macro_f1=0.5)
-    evaluation = Evaluation(
-        federation="test",
-        model=round_.model,
-        round=round_.id,
-        contributor="a",
-        base_digest=round_.base_digest,
-        candidate_digest="0" * 64,
-        n=1,
-        base=scores,
-        candidate=scores,
-        gained=0,
-        lost=0,
-        probe_seed=1,
-        created_at=org.live.clock.now(),
-    )
-    assert _refused(org, sign(evaluation, org.keys.identity)).code == "document.wrong_type"
+    judged = evaluation(round_, "a", org.live.clock.now())
+    assert _refused(org, sign(judged, org.keys.identity)).code == "document.wrong_type"
 
 
 def test_a_nonce_is_used_once(live: Live) -> None:

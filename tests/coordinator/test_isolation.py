@@ -10,12 +10,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import select
 
-from coldmerge.core.documents import Evaluation, ReleaseRecord, Scores, sign
+from coldmerge.core.documents import ReleaseRecord, sign
 from coldmerge.rounds.state import Abandon, State
 from coldmerge_coordinator.service.messages import round_message
 from coldmerge_coordinator.store import contributions, releases, rounds
 from coldmerge_coordinator.store.models import Notice
 from coldmerge_coordinator.worker import run_once
+from tests.support import evaluation
 
 if TYPE_CHECKING:
     from tests.coordinator.conftest import Bench
@@ -41,22 +42,8 @@ def a_round(bench: Bench, **gate: object) -> str:
 
 def report(bench: Bench, round_id: str, name: str, points: int) -> None:
     row = bench.round(round_id)
-    evaluation = Evaluation(
-        federation="test",
-        model=row.model,
-        round=row.id,
-        contributor=name,
-        base_digest=row.base_digest,
-        candidate_digest=row.candidate_digest or "",
-        n=100,
-        base=Scores(accuracy=0.5, macro_f1=0.5),
-        candidate=Scores(accuracy=0.5 + points / 100, macro_f1=0.5),
-        gained=max(points, 0),
-        lost=max(-points, 0),
-        probe_seed=row.probe_seed,
-        created_at=bench.clock.now(),
-    )
-    signed = sign(evaluation, Ed25519PrivateKey.generate())
+    judged = evaluation(row, name, bench.clock.now(), points)
+    signed = sign(judged, Ed25519PrivateKey.generate())
     with bench.store.database.write() as session:
         locked = rounds.get(session, round_id, lock=True)
         now, signer = bench.clock.now(), bench.store.signer

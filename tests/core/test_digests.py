@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.checkpoint_writer import CheckpointWriter
@@ -19,51 +17,6 @@ from coldmerge.core.digests import (
     master_digest,
 )
 from coldmerge.core.errors import IntegrityError
-from coldmerge.core.merkle import merkle_root
-
-# The tree heads of RFC 6962's reference implementation over its test leaves.
-LEAVES = [
-    bytes.fromhex(leaf)
-    for leaf in (
-        "",
-        "00",
-        "10",
-        "2021",
-        "3031",
-        "40414243",
-        "5051525354555657",
-        "606162636465666768696a6b6c6d6e6f",
-    )
-]
-ROOTS = [
-    "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
-    "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
-    "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77",
-    "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7",
-    "4e3bbb1f7b478dcfe71fb631631519a3bca12c9aefca1612bfce4c13a86264d4",
-    "76e67dadbcdf1e10e1b74ddc608abd2f98dfb16fbce75277b5232a127f2087ef",
-    "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c",
-    "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
-]
-
-
-def test_the_roots_are_those_of_rfc_6962() -> None:
-    assert merkle_root([]) == hashlib.sha256(b"").hexdigest()
-    for size, root in enumerate(ROOTS, 1):
-        assert merkle_root(LEAVES[:size]) == root
-
-
-def recursive_root(leaves: list[bytes]) -> bytes:
-    if len(leaves) == 1:
-        return hashlib.sha256(b"\0" + leaves[0]).digest()
-    split = 1 << ((len(leaves) - 1).bit_length() - 1)
-    pair = recursive_root(leaves[:split]) + recursive_root(leaves[split:])
-    return hashlib.sha256(b"\1" + pair).digest()
-
-
-@given(st.lists(st.binary(max_size=4), min_size=1, max_size=70))
-def test_the_root_is_the_recursive_definition(leaves: list[bytes]) -> None:
-    assert merkle_root(leaves) == recursive_root(leaves).hex()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from sqlalchemy.orm import Session
 
 from coldmerge.core.digests import Content
-from coldmerge.core.documents import Evaluation, FileEntry, Scores, Signed, TensorEntry, sign
+from coldmerge.core.documents import FileEntry, Signed, TensorEntry, sign
 from coldmerge.core.ids import new_id
 from coldmerge.rounds import state
 from coldmerge.rounds.policy import RoundPolicy, RoundTemplate
@@ -22,6 +22,7 @@ from coldmerge_coordinator.config import CoordinatorConfig
 from coldmerge_coordinator.store import Store, releases, rounds
 from coldmerge_coordinator.store.models import Contribution, Contributor, Model, Round
 from tests.backends import coordinator_config
+from tests.support import evaluation
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -194,22 +195,7 @@ def judgement(look: Callable[[str], Round]) -> Callable[..., Signed]:
     """A signed evaluation: judgement(round id, contributor, points gained)."""
 
     def run(round_id: str, contributor: str, points: int) -> Signed:
-        row = look(round_id)
-        evaluation = Evaluation(
-            federation="fed",
-            model=row.model,
-            round=row.id,
-            contributor=contributor,
-            base_digest=row.base_digest,
-            candidate_digest=row.candidate_digest or "0" * 64,
-            n=100,
-            base=Scores(accuracy=0.5, macro_f1=0.5),
-            candidate=Scores(accuracy=0.5 + points / 100, macro_f1=0.5),
-            gained=max(points, 0),
-            lost=max(-points, 0),
-            probe_seed=row.probe_seed,
-            created_at=NOW,
-        )
-        return sign(evaluation, Ed25519PrivateKey.generate())
+        judged = evaluation(look(round_id), contributor, NOW, points, "fed")
+        return sign(judged, Ed25519PrivateKey.generate())
 
     return run
