@@ -11,6 +11,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
+from coldmerge.core.audit_log import check_key
 from coldmerge.core.documents import ReleaseRecord, Signed
 from coldmerge.core.errors import ConflictError, IntegrityError, NotFoundError
 from coldmerge.core.evidence import AuditCheckpoint
@@ -75,9 +76,10 @@ def checked(session: Session, signed: Signed) -> AuditCheckpoint:
 
     Raises:
         ManifestError: the signature is not the coordinator's.
-        IntegrityError: it is another federation's.
+        IntegrityError: it is another federation's, or names another key than its own.
     """
     found = session.verify(signed, AuditCheckpoint)
+    check_key(signed, found, session.home.keyring(session.member))
     if found.federation != session.member.federation:
         raise IntegrityError(
             "checkpoint.other_federation",

@@ -95,10 +95,30 @@ def check_log(
     return log.checked
 
 
+def check_key(signed: Signed, head: AuditCheckpoint, keys: Keyring) -> None:
+    """Refuse a checkpoint that names another signing key than the one that signed it.
+
+    Raises:
+        IntegrityError: it does.
+    """
+    signer = keys.signer_of(signed)
+    number = None if signer is None else keys.number_of(signer)
+    if number is not None and number != head.key:
+        raise IntegrityError(
+            "checkpoint.wrong_key",
+            "A checkpoint names another signing key than the one that signed it.",
+            expected=f"key {number}",
+            got=f"key {head.key}",
+            hint=_HINT,
+            position=head.size,
+        )
+
+
 def _heads(federation: str, checkpoints: Sequence[Signed], keys: Keyring) -> list[AuditCheckpoint]:
     found: list[AuditCheckpoint] = []
     for signed in checkpoints:
         head = keys.verify(signed, AuditCheckpoint)
+        check_key(signed, head, keys)
         if head.federation != federation:
             raise IntegrityError(
                 "audit.other_federation",

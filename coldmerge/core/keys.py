@@ -43,6 +43,7 @@ class Keyring:
         self._federation = federation
         self._trusted = {pinned: Ed25519PublicKey.from_public_bytes(bytes.fromhex(pinned))}
         self._numbered: dict[int, bytes] = {}
+        self._numbers: dict[str, int] = {}
         self.statements: list[Signed] = []
         self.extend(statements)
 
@@ -64,23 +65,30 @@ class Keyring:
                 return
             waiting = left
 
+    def number_of(self, key: str) -> int | None:
+        """The number of a believed key, 0 for the first; None: no statement has told it."""
+        return self._numbers.get(key)
+
+    def _may_say(self, signer: str, said: KeyStatement) -> bool:
+        """A key names its successor, and those before itself: one that was replaced, no later."""
+        number = self._numbers.get(signer)
+        if number is None:
+            return signer in (said.previous, said.public_key)
+        return said.number <= number + 1
+
     def _take(self, signed: Signed) -> bool:
-        if self.signer_of(signed) is None:
+        signer = self.signer_of(signed)
+        if signer is None:
             return False
         said = KeyStatement.parse(signed.document)
-        if said.federation != self._federation:
+        if said.federation != self._federation or not self._may_say(signer, said):
             return False
         known = self._numbered.setdefault(said.number, signed.document)
         if known != signed.document:
-            raise IntegrityError(
-                "keys.forked",
-                "The coordinator names two keys as the successor of one.",
-                expected=KeyStatement.parse(known).public_key,
-                got=said.public_key,
-                hint="One of its keys may be stolen: stop, and ask the admin by another channel.",
-                number=said.number,
-            )
-        for key in (said.previous, said.public_key):
+            raise _forked(said.number, KeyStatement.parse(known).public_key, said.public_key)
+        for number, key in ((said.number - 1, said.previous), (said.number, said.public_key)):
+            if self._numbers.setdefault(key, number) != number:
+                raise _forked(said.number, f"key {self._numbers[key]}", key)
             self._trusted.setdefault(key, Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)))
         if signed not in self.statements:
             self.statements.append(signed)
@@ -112,3 +120,14 @@ class Keyring:
                 "announced; ask the admin by another channel.",
             )
         return kind.parse(signed.document)
+
+
+def _forked(number: int, expected: str, got: str) -> IntegrityError:
+    return IntegrityError(
+        "keys.forked",
+        "The coordinator names two keys as the successor of one.",
+        expected=expected,
+        got=got,
+        hint="One of its keys may be stolen: stop, and ask the admin by another channel.",
+        number=number,
+    )

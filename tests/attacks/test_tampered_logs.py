@@ -99,7 +99,7 @@ def head(entries: list[bytes], size: int) -> Signed:
             size=size,
             root=merkle_root(entries[:size]),
             releases=newest,
-            key=0,
+            key=1,
             issued_at=issued,
             expires_at=issued + 24 * HOUR,
         ),

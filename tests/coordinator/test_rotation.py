@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from coldmerge.core.documents import Receipt, ReleaseRecord
 from coldmerge.core.errors import ConfigError, IntegrityError, ManifestError
+from coldmerge.core.evidence import AuditCheckpoint
 from coldmerge.wire.calls import call, server_stream
 from coldmerge.wire.convert import signed_from_proto
 from coldmerge.wire.invitation import Invitation
@@ -24,6 +26,7 @@ from coldmerge_client.enrol import join
 from coldmerge_client.home import Home
 from coldmerge_client.session import Session
 from coldmerge_coordinator import identity, rotation
+from coldmerge_coordinator.audit.checkpoints import checkpoint
 from coldmerge_coordinator.identity import INTERMEDIATE, INTERMEDIATE_KEY, SIGNING_KEY, Authority
 from coldmerge_coordinator.rotation import rotate_intermediate, rotate_signing
 from coldmerge_coordinator.store import Store, keys
@@ -217,6 +220,10 @@ def test_a_replica_with_an_old_key_does_not_rotate(live: Live) -> None:
     with pytest.raises(ConfigError) as caught:
         rotate_signing(live.folder)
     assert caught.value.code == "rotate.stale_key"
+    with live.store.database.write() as session:
+        now = live.clock.now()
+        signed = checkpoint(session, live.store.signer, now, timedelta(hours=1))
+    assert AuditCheckpoint.parse(signed.document).key == 0, "the key that signed it, not the newest"
 
 
 def test_a_running_store_signs_with_the_new_key(live: Live) -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from coldmerge.core.audit_log import check_log
 from coldmerge.core.documents import Signed, sign
 from coldmerge.core.errors import IntegrityError, ManifestError
+from coldmerge.core.evidence import AuditCheckpoint
 from coldmerge.core.keys import Keyring, KeyStatement
+from coldmerge.core.merkle import EMPTY_ROOT
 
 NOW = datetime(2026, 3, 2, tzinfo=UTC)
 KEYS = [Ed25519PrivateKey.generate() for _ in range(4)]
@@ -76,3 +79,32 @@ def test_two_successors_of_one_key_are_an_alarm() -> None:
         known.extend([sign(statement(1, thief, KEYS[0]), KEYS[0])])
     assert caught.value.code == "keys.forked"
     assert public(thief) not in known.trusted
+
+
+def test_a_key_that_was_replaced_names_nobody_any_more() -> None:
+    thief = Ed25519PrivateKey.generate()
+    for old in (KEYS[0], KEYS[1]):
+        late = sign(statement(4, thief, KEYS[3]), old)
+        assert public(thief) not in ring(KEYS[0], *chain(), late).trusted
+    known = ring(KEYS[0], *chain())
+    assert [known.number_of(public(key)) for key in KEYS] == [0, 1, 2, 3]
+    with pytest.raises(IntegrityError) as caught:
+        ring(KEYS[0], sign(statement(7, thief, KEYS[0]), KEYS[0]), *chain())
+    assert caught.value.code == "keys.forked"
+
+
+def test_a_checkpoint_names_the_key_that_signed_it() -> None:
+    head = AuditCheckpoint(
+        federation="fed",
+        size=0,
+        root=EMPTY_ROOT.hex(),
+        releases={},
+        key=3,
+        issued_at=NOW,
+        expires_at=NOW + timedelta(days=1),
+    )
+    known = ring(KEYS[0], *chain())
+    assert check_log("fed", [], [sign(head, KEYS[3])], known).checkpoints == 1
+    with pytest.raises(IntegrityError) as caught:
+        check_log("fed", [], [sign(head, KEYS[0])], known)
+    assert caught.value.code == "checkpoint.wrong_key"

@@ -53,7 +53,6 @@ def checkpoint(session: Session, signer: Signer, now: datetime, lifetime: timede
 
     The head is locked first: a release that is not in the log yet is not in it either.
     """
-    newest = keys.latest(session)
     head = audit.begun_head(session, now)
     signed = signer.sign(
         AuditCheckpoint(
@@ -61,7 +60,7 @@ def checkpoint(session: Session, signer: Signer, now: datetime, lifetime: timede
             size=head.size,
             root=Frontier.of(head.size, audit.subtree_of(session)).root().hex(),
             releases=_latest(session),
-            key=0 if newest is None else newest.number,
+            key=keys.number_of(session, signer),
             issued_at=now,
             expires_at=now + lifetime,
         )

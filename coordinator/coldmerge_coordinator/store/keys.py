@@ -26,6 +26,13 @@ def latest(session: Session) -> SigningKey | None:
     return session.scalars(query.with_for_update()).one_or_none()
 
 
+def number_of(session: Session, signer: Signer) -> int:
+    """The number of the key of `signer`: a replica may not have the newest one yet."""
+    key = bytes.fromhex(signer.public_key)
+    found = session.scalars(select(SigningKey.number).where(SigningKey.public_key == key))
+    return found.one_or_none() or 0
+
+
 def announced(session: Session, signer: Signer) -> list[Signed]:
     """What clients are told: the statements, then all of them again under the newest key."""
     found = statements(session)
