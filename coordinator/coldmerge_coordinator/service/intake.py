@@ -288,13 +288,19 @@ class Intake:
             return self._count(live, norm)
         except Exception as error:
             # The answer of a commit can be lost: a row that is there must keep its file.
-            done = self._committed(who, live.id)
+            done = self._decided(who, live)
             if done is None:
                 live.unfinish()
                 if isinstance(error, TaskVectorError):
                     live.discard()
                 raise
             return done, []
+
+    def _decided(self, who: Caller, live: LiveUpload) -> Contribution | None:
+        """What came of a commit without an answer: while it goes on, it has the round locked."""
+        with self._store.database.write() as session:
+            rounds.get(session, live.round, lock=True)
+        return self._committed(who, live.id)
 
     def _committed(self, who: Caller, identifier: str) -> Contribution | None:
         counted = contribution_id(identifier.removeprefix("upload-"))

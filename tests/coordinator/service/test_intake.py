@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
-from coldmerge.core.errors import ColdmergeError, ConflictError
+from coldmerge.core.errors import ColdmergeError, ConflictError, UnavailableError
 from coldmerge.wire.calls import call
 from coldmerge.wire.v1 import admin_pb2, models_pb2
+from coldmerge_coordinator.store import rounds
 from coldmerge_coordinator.store.models import Contribution, Upload
 from tests.backends import needs_disk
 from tests.harness import Live, deltas
@@ -78,6 +80,39 @@ def test_a_failed_fsync_is_not_believed_the_second_time(
     assert org.begin(manifest).committed_size == 64
     org.write(begun.upload_id, payload[64:], offset=64)
     org.commit(begun.upload_id)
+
+
+def test_a_commit_that_goes_on_without_its_caller_keeps_its_file(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    org = live.machine("a")
+    manifest, payload = org.manifest(live.open_round(min_contributions=2), deltas())
+    begun = org.begin(manifest)
+    org.write(begun.upload_id, payload)
+    intake = live.servers._intake
+    count, move = intake._count, rounds.apply
+    moved, answered = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        effects = move(*arguments, **named)
+        moved.set()
+        answered.wait(30)
+        return effects
+
+    def cut(*arguments: Any) -> Any:
+        monkeypatch.setattr(rounds, "apply", slow)
+        threading.Thread(target=count, args=arguments).start()
+        assert moved.wait(30)
+        monkeypatch.setattr(rounds, "apply", move)
+        threading.Timer(0.5, answered.set).start()
+        raise UnavailableError("store.unavailable", "cut", hint="test")
+
+    monkeypatch.setattr(intake, "_count", cut)
+    receipt = org.commit(begun.upload_id)
+    with live.store.database.read() as session:
+        (row,) = session.query(Contribution)
+    assert row.receipt == receipt.document
+    assert live.store.payloads.exists(row.payload)
 
 
 def test_a_commit_whose_answer_was_lost_keeps_its_file(
