@@ -82,7 +82,7 @@ def contribute(
     """Take part in round after round; each is yielded when it has ended.
 
     An organization enrolled as evaluator only judges candidates. A round that a person
-    did not approve is left out and not counted.
+    did not approve is left out and not counted; a re-merge is judged and not counted.
 
     Args:
         session: the connection. It reconnects when the coordinator restarts; its
@@ -101,7 +101,7 @@ def contribute(
         while rounds is None or finished < rounds:
             current = loop.next()
             for ended in loop.settle(current):
-                finished += 1
+                finished += not ended.remerge
                 yield ended
             if rounds is None or finished < rounds:
                 loop.act(current)

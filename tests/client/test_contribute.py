@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -446,3 +447,27 @@ def test_a_quarantined_contribution_is_told_and_not_sent_again(
     (mine,) = member.session.contributions("m")
     assert mine.state == type(mine).QUARANTINED
     assert member.kinds().count("sending") == 1
+
+
+def test_a_re_merge_is_no_round_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = [common_pb2.Round(id="again", remerge=True), common_pb2.Round(id="own")]
+
+    class Scripted:
+        def __init__(self, *_: object) -> None:
+            self.left = list(ends)
+
+        def next(self) -> common_pb2.Round:
+            return self.left.pop(0)
+
+        def settle(self, current: common_pb2.Round) -> list[common_pb2.Round]:
+            return [current]
+
+        def act(self, _current: common_pb2.Round) -> None:
+            pass
+
+    monkeypatch.setattr("coldmerge_client.contribute._Loop", Scripted)
+    session = SimpleNamespace(home=Home(tmp_path))
+    ended = contribute(cast(Any, session), "m", cast(Any, None), rounds=1)
+    assert [found.id for found in ended] == ["again", "own"]
