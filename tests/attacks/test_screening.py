@@ -68,7 +68,7 @@ def state_of(live: Live, round_: Round) -> Round:
 
 
 def files(live: Live) -> set[str]:
-    return {path.name for path in live.store.contributions.iterdir()}
+    return {found.name for found in live.store.payloads.listed()}
 
 
 @pytest.mark.parametrize("scale", [1000.0, 1e30, 1e-4])

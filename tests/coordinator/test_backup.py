@@ -118,7 +118,7 @@ def test_what_an_earlier_signing_key_signed_is_good(live: Live, tmp_path: Path) 
     with Store.open(live.folder) as store:
         assert verify(store).problems == []
         make(store, tmp_path / "backup")
-    restore(tmp_path / "backup", tmp_path / "again")
+    restore(tmp_path / "backup", tmp_path / "again", database_url=elsewhere())
     with Store.open(tmp_path / "again") as store:
         assert verify(store).problems == []
         found = verify_release(store, MODEL, 1, tmp_path)

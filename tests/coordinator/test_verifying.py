@@ -98,7 +98,8 @@ def a_blob(bench: Bench) -> None:
 
 
 def a_payload(bench: Bench) -> None:
-    _flip(next(iter(bench.store.contributions.iterdir())))
+    (name, *_) = (found.name for found in bench.store.payloads.listed())
+    _flip(bench.store.payloads.local(name))
 
 
 def the_record(bench: Bench) -> None:

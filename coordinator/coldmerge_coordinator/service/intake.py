@@ -293,6 +293,8 @@ class Intake:
                 live.unfinish()
                 if isinstance(error, TaskVectorError):
                     live.discard()
+                    counted = contribution_id(live.manifest_digest)
+                    self._store.payloads.remove([payload_name(counted)])
                 raise
             return done, []
 

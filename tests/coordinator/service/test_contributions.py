@@ -368,7 +368,7 @@ def test_withdrawal_after_the_round_erases_the_bytes_and_says_what_stays(live: L
         "withdrawn; its update stays in release 1 and those made from it "
         "until an admin re-merges without it"
     )
-    kept = [path.name for path in live.store.contributions.iterdir()]
+    kept = [found.name for found in live.store.payloads.listed()]
     assert len(kept) == 1
     assert row.payload not in kept
     request = admin_pb2.RemergeRequest(model=MODEL, without=["a"], reason="a leaves")

@@ -23,6 +23,7 @@ from coldmerge_coordinator.store import Store, releases
 from coldmerge_coordinator.store.models import Contribution
 from coldmerge_coordinator.worker import run_once
 from tests import s3
+from tests.backends import needs_disk
 from tests.harness import Live, MachineClient, make_coordinator
 from tests.support import write_model
 
@@ -175,6 +176,7 @@ def test_two_replicas_commit_at_once(replicas: Replicas) -> None:
         assert live.store.payloads.local(row.payload).read_bytes().endswith(r.payload)
 
 
+@needs_disk
 @pytest.mark.parametrize("replicas", ["disk"], indirect=True)
 def test_who_opens_an_upload_leaves_a_commit_in_peace(
     replicas: Replicas, monkeypatch: pytest.MonkeyPatch
