@@ -4,18 +4,23 @@ BIN := .venv/bin
 PROTOS := $(wildcard protos/coldmerge/v1/*.proto)
 DEMO ?=
 TEST ?=
+SERVERS := --database postgresql --blobs s3
+STORED := tests/coordinator/store tests/coordinator/service tests/coordinator/test_races.py tests/attacks
 SECONDS ?= 60
 FUZZ ?=
 
-.PHONY: demo test test-all lint protos fuzz bench clean
+.PHONY: demo test test-servers test-all lint protos fuzz bench clean
 
 demo: .venv  ## the whole loop on this machine: DEMO="--rounds 2" passes options
 	$(BIN)/coldmerge demo $(DEMO)
 
-test: .venv lint  ## lint, types, floors, and every test that is not marked slow
+test: .venv lint  ## lint, types, floors, every test not marked slow; then the store's on servers
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TEST)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --database postgresql \
-	  tests/coordinator tests/attacks $(TEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(SERVERS) $(STORED)
+
+test-servers: .venv  ## all tests of the coordinator and of attacks on PostgreSQL and S3
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(SERVERS) \
+	  tests/coordinator tests/attacks
 
 test-all: .venv lint  ## the same, with the slow tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST)
