@@ -24,7 +24,7 @@ from coldmerge.wire.v1 import (
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTOS = (admin_pb2, common_pb2, contributions_pb2, enrolment_pb2, models_pb2, rounds_pb2)
-PACKAGES = ("coldmerge", "coordinator", "client")
+PACKAGES = ("coldmerge", "coordinator", "client", "simulation")
 
 
 def sources() -> list[Path]:

@@ -1,0 +1,1 @@
+"""The researcher's side: a federation of simulated contributors, driven through Flower."""
