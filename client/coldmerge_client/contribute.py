@@ -82,7 +82,8 @@ def contribute(
     """Take part in round after round; each is yielded when it has ended.
 
     An organization enrolled as evaluator only judges candidates. A round that a person
-    did not approve is left out and not counted; a re-merge is judged and not counted.
+    did not approve, or whose contribution was taken back, is left out and not counted; a
+    re-merge is judged and not counted.
 
     Args:
         session: the connection. It reconnects when the coordinator restarts; its
@@ -116,6 +117,7 @@ class _Loop:
         self.terms = terms
         self.outbox = Outbox(session.home)
         self.part_of: set[str] = set()
+        self.taken_back: set[str] = set()
         self.last: bytes | None = None
 
     def next(self) -> common_pb2.Round:
@@ -163,7 +165,19 @@ class _Loop:
         if arrived:
             self.part_of.add(round_.id)
             self._tell_standing(arrived[0], round_)
+        elif any(each.state == _Standing.WITHDRAWN for each in mine):
+            self._tell_taken_back(round_)
         return round_.id in self.part_of
+
+    def _tell_taken_back(self, round_: common_pb2.Round) -> None:
+        if round_.id in self.taken_back or round_.remerge:
+            return
+        self.taken_back.add(round_.id)
+        text = (
+            "Our contribution to this round was taken back: waiting for the next round. "
+            f"`coldmerge push {self.model}` sends another one to this round"
+        )
+        self._tell("skipped", text, round_)
 
     def _declined(self, round_: common_pb2.Round) -> bool:
         return any(
@@ -172,7 +186,7 @@ class _Loop:
         )
 
     def _contribute(self, round_: common_pb2.Round) -> None:
-        if self._contributed(round_) or self._declined(round_):
+        if self._contributed(round_) or self._declined(round_) or round_.id in self.taken_back:
             return
         try:
             self._send(round_)

@@ -17,7 +17,7 @@ import pytest
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.errors import ConflictError, DataError, UnavailableError
-from coldmerge.wire.v1 import admin_pb2, common_pb2
+from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2
 from coldmerge_client import sent_log
 from coldmerge_client.contribute import Step, Terms, contribute
 from coldmerge_client.evaluate import evaluate, report
@@ -31,6 +31,7 @@ from coldmerge_client.push import push
 from coldmerge_client.session import Session
 from coldmerge_client.train import finished, forget, train
 from coldmerge_client.training.config import TrainConfig
+from coldmerge_client.withdraw import withdraw
 from tests.client.conftest import (
     Coordinator,
     base_tensors,
@@ -284,6 +285,59 @@ def test_a_loop_started_again_does_nothing_twice(
 
 def _scores(session: Session, round_id: str, trainer: Path) -> Any:
     return evaluate(session, session.round(round_id), config_of(trainer, 2))
+
+
+def test_what_was_taken_back_is_not_sent_again_to_the_same_round(
+    coordinator: Coordinator, members: Any, tmp_path: Path
+) -> None:
+    opened = coordinator.open_round(min_contributions=3)
+    first = members("org-a", 1)
+    first.start()
+    until("the contribution", lambda: "sent" in first.kinds(), 40)
+    with Session.open(first.session.home) as wish:
+        withdraw(wish, "m")
+    again = members("org-a", 1)
+    again.session.home.lock("contribute-m").unlink()  # as after kill -9
+    thread = again.start()
+    until("the word about it", lambda: bool(again.kinds()))
+    assert again.kinds() == ["skipped"]
+    assert "coldmerge push m" in again.steps[0].text
+    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
+    with Session.open(coordinator.join(tmp_path / "b", "org-b")) as other:
+        push(other, "m", tuned, Facts(3))  # the round changes: the loop looks again
+        until("its count", lambda: other.round(opened.id).contributions == 1)
+    coordinator.admin("AbandonRound", admin_pb2.RoundAction(round=opened.id, reason="nobody"))
+    second = coordinator.open_round()
+    thread.join(40)
+    assert again.error is None
+    assert [found.id for found in again.ended] == [second.id]
+    with Session.open(again.session.home) as session:
+        states = [found.state for found in session.contributions("m", opened.id)]
+        assert states == [contributions_pb2.Contribution.WITHDRAWN]
+    assert again.kinds().count("skipped") == 1
+
+
+def test_what_was_taken_back_may_be_pushed_again_and_the_loop_goes_on(
+    coordinator: Coordinator, members: Any, tmp_path: Path
+) -> None:
+    opened = coordinator.open_round(min_contributions=2, gate=GATE)
+    a = members("org-a", 1)
+    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
+    push(a.session, "m", tuned, Facts(3))
+    withdraw(a.session, "m")
+    thread = a.start()
+    until("the word about it", lambda: a.kinds() == ["skipped"])
+    with Session.open(a.session.home) as wish:
+        push(wish, "m", tuned, Facts(3))
+    with Session.open(coordinator.join(tmp_path / "b", "org-b")) as other:
+        theirs = write_model(tmp_path / "theirs", tuned_tensors(base_tensors(), 10))
+        push(other, "m", theirs, Facts(3))
+    until("the evaluation", partial(judged, a, 1), 40)
+    coordinator.admin("AbandonRound", admin_pb2.RoundAction(round=opened.id, reason="enough"))
+    thread.join(40)
+    assert a.error is None
+    assert [found.id for found in a.ended] == [opened.id]
+    assert a.kinds() == ["skipped", "evaluating", "evaluated"]
 
 
 def test_an_upload_left_by_a_crash_is_sent_without_training_again(
