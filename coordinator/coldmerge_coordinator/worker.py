@@ -26,6 +26,7 @@ from coldmerge.core.errors import (
     ColdmergeError,
     ConfigError,
     ConflictError,
+    IntegrityError,
     ResourceError,
     UnavailableError,
 )
@@ -170,7 +171,8 @@ class Worker:
         with self._store.database.write() as session:
             leases.check(session, held)
             row = rounds.get(session, round_id, lock=True)
-            rounds.apply(session, row, MergeFailed(_sentence(error)), now, self._store.signer)
+            failed = MergeFailed(_sentence(_told(error)))
+            rounds.apply(session, row, failed, now, self._store.signer)
             leases.release(session, held, now)
 
     def _pause(self, round_id: str, held: Held, error: Exception) -> None:
@@ -178,8 +180,7 @@ class Worker:
         now = self._clock.now()
         self._not_before[round_id] = now + RETRY_FULL
         self._store.blobs.sweep((now - STALE).timestamp())
-        message = error.message if isinstance(error, ColdmergeError) else _sentence(error)
-        reason = f"the merge waits: {message}"
+        reason = f"the merge waits: {_told(error).message}"
         with self._store.database.write() as session:
             leases.check(session, held)
             leases.release(session, held, now)
@@ -251,6 +252,24 @@ def _passes(error: Exception) -> bool:
     if isinstance(error, ConfigError):  # the keys of the bucket, or of the database, are changed
         return error.code.startswith(("s3.", "store."))
     return isinstance(error, ResourceError) or getattr(error, "code", "") == "s3.not_stored"
+
+
+def _told(error: Exception) -> ColdmergeError:
+    """The error as participants may read it: what was not foreseen may name files and hosts."""
+    if isinstance(error, ColdmergeError):
+        return error
+    if isinstance(error, OSError) and _passes(error):
+        return ResourceError(
+            "merge.system_short",
+            "The coordinator's system is short of something, or its files do not answer: "
+            "see the coordinator's log.",
+            hint="The merge is tried again by itself; look for `merge.waits` in the log.",
+        )
+    return IntegrityError(
+        "merge.unexpected",
+        "An unexpected error stopped the merge: see the coordinator's log.",
+        hint="Look for `merge.failed` in the worker's log: it has the error, and where it came up.",
+    )
 
 
 def _sentence(error: Exception) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 import pytest
+import structlog
 import torch
 from sqlalchemy import func, select
 
@@ -20,7 +21,7 @@ from coldmerge.rounds.state import Abandon
 from coldmerge_coordinator import worker as worker_module
 from coldmerge_coordinator.store import contributions, leases, releases, rounds
 from coldmerge_coordinator.store.bucket import our_error
-from coldmerge_coordinator.store.models import Master, Notice
+from coldmerge_coordinator.store.models import AuditLeaf, Master, Notice
 from coldmerge_coordinator.worker import Worker, run_once
 
 if TYPE_CHECKING:
@@ -224,6 +225,44 @@ def test_an_outage_that_passes_costs_the_round_no_attempt(
     assert (bench.round(round_id).state, bench.round(round_id).merge_attempts) == ("MERGING", 0)
     assert worker.run_once()
     assert bench.round(round_id).state == "PUBLISHED"
+
+
+PRIVATE = "/srv/hub/blobs/ab/secret-name"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "event"),
+    [
+        (KeyError(PRIVATE), "[merge.unexpected]", "merge.failed"),
+        (OSError(errno.EIO, "Input/output error", PRIVATE), "[merge.unexpected]", "merge.failed"),
+        (OSError(errno.EMFILE, "Too many open files", PRIVATE), "the merge waits", "merge.waits"),
+    ],
+    ids=["bug", "disk", "descriptors"],
+)
+def test_participants_do_not_read_what_an_unexpected_error_says(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str, event: str
+) -> None:
+    bench.add_model(model())
+    round_id = bench.open_round(webhook="http://127.0.0.1:9/hook")
+    bench.contribute(round_id, "a", {"body.bias": random(5, COLUMNS)})
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(worker_module, "merge_round", fail)
+    with structlog.testing.capture_logs() as lines:
+        assert run_once(bench.store, bench.clock)
+    reason = bench.round(round_id).reason or ""
+    assert code in reason
+    assert "see the coordinator's log" in reason
+    with bench.store.database.read() as session:
+        entries = session.scalars(select(AuditLeaf.document)).all()
+        notices = session.scalars(select(Notice.body)).all()
+    said = reason + repr(entries) + repr(notices)
+    assert "secret" not in said
+    assert type(error).__name__ not in said
+    (line,) = [line for line in lines if line["event"] == event]
+    assert PRIVATE in line["error"]
 
 
 def test_a_missing_contribution_file_is_a_failed_merge(bench: Bench) -> None:
