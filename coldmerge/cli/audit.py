@@ -69,7 +69,7 @@ def _log(folder: Path | None, home: Path | None, timeout: float) -> AuditFile:
         return download(session)
 
 
-@group.command(epilog="Example: coldmerge audit show --dir ./hub --kind contribution.refused")
+@group.command(epilog="Example: coldmerge audit show --dir ./hub --kind upload.refused")
 def show(
     folder: FolderOption = None,
     kind: Annotated[str | None, typer.Option(help="Only this kind, such as round.sealed.")] = None,

@@ -13,6 +13,8 @@ from coldmerge.core.keys import Keyring
 from coldmerge.core.merkle import Frontier, leaf_hash
 
 TURNED_BACK = timedelta(hours=1)
+PUBLISHED, RECEIVED = "release.published", "contribution.received"
+"""Kinds of the leaves that are documents of their own: a release record, a receipt."""
 _HINT = "Keep this log as it is, and compare it with the checkpoints that contributors keep."
 _TYPES: dict[bytes, type[Document]] = {
     kind.schema_name.encode(): kind for kind in (AuditEntry, ReleaseRecord, Receipt)
@@ -54,7 +56,7 @@ def kind_of(leaf: AuditEntry | ReleaseRecord | Receipt) -> str:
     """The kind of event that a leaf tells of."""
     if isinstance(leaf, AuditEntry):
         return leaf.kind
-    return "release.published" if isinstance(leaf, ReleaseRecord) else "contribution.admitted"
+    return PUBLISHED if isinstance(leaf, ReleaseRecord) else RECEIVED
 
 
 def time_of(leaf: AuditEntry | ReleaseRecord | Receipt) -> datetime:

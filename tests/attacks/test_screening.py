@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from coldmerge.core.documents import Receipt, verify
-from coldmerge.core.errors import ConflictError, NotFoundError, TaskVectorError
+from coldmerge.core.errors import ColdmergeError, ConflictError, NotFoundError, TaskVectorError
 from coldmerge.wire.calls import call
 from coldmerge.wire.convert import signed_from_proto
 from coldmerge.wire.v1 import contributions_pb2, screening_pb2
@@ -88,7 +88,7 @@ def test_an_outlier_is_durable_and_waits(live: Live, scale: float) -> None:
         assert contributions.admitted(session, round_.id) == []
         (notice,) = session.query(Notice)
     assert (notice.body["kind"], notice.body["contributor"]) == ("contribution.quarantined", "a")
-    assert "contribution.quarantined" in kinds(live)
+    assert kinds(live)[-2:] == ["contribution.received", "contribution.quarantined"]
 
 
 def test_an_accepted_outlier_counts_and_is_clipped(live: Live) -> None:
@@ -131,11 +131,17 @@ def test_a_refused_one_is_gone_and_the_round_goes_on(live: Live) -> None:
     identifier = waiting(admin)[0].contribution.id
     decide(admin, "Refuse", identifier, "wrong base")
     assert standing(org) == [("REFUSED", "wrong base")]
+    assert kinds(live)[-1] == "contribution.refused"
     assert files(live) == set()
     for verb in ("Accept", "Refuse"):
         with pytest.raises(ConflictError, match="does not wait") as caught:
             decide(admin, verb, identifier)
         assert caught.value.code == "contribution.not_quarantined"
+    manifest, _ = org.manifest(round_, deltas(), base_number=7)
+    with pytest.raises(ColdmergeError):
+        org.begin(manifest)
+    assert kinds(live)[-1] == "upload.refused"
+    assert kinds(live).count("contribution.refused") == 1
     org.contribute(round_, deltas(4))
     assert states(org) == ["ADMITTED", "REFUSED"]
 

@@ -193,7 +193,7 @@ def rewrite_an_entry(lines: Lines, draw: random.Random) -> Lines:
         federation="fed",
         position=at,
         at=NOW,
-        kind="contribution.refused",
+        kind="upload.refused",
         actor="org-1/box",
         ids={},
         detail={"code": "made.up", "nonce": draw.randrange(10**9)},
@@ -241,3 +241,25 @@ def test_every_tampered_log_is_found(capsys: pytest.CaptureFixture[str]) -> None
         print(f"  {dict(found)}\n  {dict(codes)}")
     assert passed == []
     assert accepted == 25
+
+
+def test_a_log_with_the_kinds_of_before_verifies_as_it_is() -> None:
+    """Refused uploads were once `contribution.refused`, and receipts shown as admitted."""
+    refused = AuditEntry(
+        federation="fed",
+        position=12,
+        at=NOW + timedelta(minutes=12),
+        kind="contribution.refused",
+        actor="org-1/box",
+        ids={"contributor": "org-1"},
+        detail={"code": "manifest.wrong_base", "call": "Begin"},
+    )
+    entries = [*leaves(12, 7), refused.canonical()]
+    heads = [head(entries, size) for size in (5, 13)]
+    file = AuditFile("fed", PUBLIC, statements(), heads, entries)
+    checked = parse_audit_file(list(file.lines())).check(PUBLIC, heads[-1])
+    receipts = sum(b"coldmerge.receipt/1" in raw for raw in entries)
+    assert receipts > 0
+    assert checked.kinds["contribution.received"] == receipts
+    assert checked.kinds["contribution.refused"] == 1
+    assert checked.unsigned == 0

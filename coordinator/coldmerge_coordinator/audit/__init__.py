@@ -14,6 +14,7 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from coldmerge.core.audit_log import PUBLISHED, RECEIVED
 from coldmerge.core.documents import Document, Receipt, ReleaseRecord
 from coldmerge.core.errors import IntegrityError
 from coldmerge.core.evidence import MAX_TEXT, AuditEntry
@@ -82,13 +83,15 @@ def append(
 def append_record(session: Session, record: ReleaseRecord) -> None:
     """Log a publication: the record itself is the leaf, so that its holder can ask for a proof."""
     ids = {} if record.round is None else {"round": record.round}
-    _append_document(session, "release.published", record, record.created_at, ids)
+    _append_document(session, PUBLISHED, record, record.created_at, ids)
 
 
 def append_receipt(session: Session, receipt: Receipt) -> None:
-    """Log an admission: the receipt itself is the leaf, so that its holder can ask for a proof."""
+    """Log a contribution that is durable: the receipt itself is the leaf, so that its holder can
+    ask for a proof. Whether it counts, or waits in quarantine, is not in a receipt.
+    """
     ids = {"contributor": receipt.contributor, "round": receipt.round}
-    _append_document(session, "contribution.admitted", receipt, receipt.accepted_at, ids)
+    _append_document(session, RECEIVED, receipt, receipt.accepted_at, ids)
 
 
 def _append_document(
@@ -199,7 +202,5 @@ def _beginning(session: Session, pending: Sequence[_Pending], at: datetime) -> l
     for row in older:
         record = ReleaseRecord.parse(row.record)
         ids = {} if record.round is None else {"round": record.round}
-        found.append(
-            _Pending("release.published", COORDINATOR, row.published_at, ids, {}, row.record)
-        )
+        found.append(_Pending(PUBLISHED, COORDINATOR, row.published_at, ids, {}, row.record))
     return found

@@ -330,7 +330,7 @@ class Intake:
             session.add(counted)
             session.delete(upload)
             session.flush()
-            contribution_log.admitted(session, counted, older, live.actor, now)
+            contribution_log.received(session, counted, older, live.actor, now)
             if waits is None:
                 rounds.apply(session, row, state.Contributed(), now, signer, actor=live.actor)
             else:

@@ -69,7 +69,7 @@ class Refusals:
             ids.pop("round")  # what a bad manifest says is not ours to repeat
         if many:
             detail |= {"this_hour": count}
-        kind = "contribution.refusals" if many else "contribution.refused"
+        kind = "upload.refusals" if many else "upload.refused"
         try:
             with self._store.database.write() as session:
                 audit.append(session, kind, who.actor, now, ids=ids, detail=detail)

@@ -12,14 +12,14 @@ from coldmerge_coordinator import audit
 from coldmerge_coordinator.store.models import Contribution
 
 
-def admitted(
+def received(
     session: Session,
     row: Contribution,
     replaced: Sequence[Contribution],
     actor: str,
     now: datetime,
 ) -> None:
-    """Log an admission: the receipt as it was signed, and what it takes the place of."""
+    """Log what is durable: the receipt as it was signed, and what it takes the place of."""
     audit.append_receipt(session, Receipt.parse(row.receipt))
     for older in replaced:
         about(session, "contribution.replaced", older, actor, now, by=row.id)

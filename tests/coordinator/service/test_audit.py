@@ -172,12 +172,14 @@ def test_refusals_are_logged_and_bounded(live: Live, auditor: MachineClient) -> 
         with pytest.raises(ColdmergeError):
             org.begin(manifest)
     entries = [AuditEntry.parse(raw) for raw in log(auditor, start)]
-    single = [e for e in entries if e.kind == "contribution.refused"]
+    single = [e for e in entries if e.kind == "upload.refused"]
     assert len(single) == ONE_BY_ONE
     assert {e.actor for e in single} == {"clumsy/box"}
     assert {e.ids["contributor"] for e in single} == {"clumsy"}
     assert len({str(e.detail["code"]) for e in single}) == 1
-    assert [e.detail["this_hour"] for e in entries[ONE_BY_ONE:]] == [32, 64]
+    many = entries[ONE_BY_ONE:]
+    assert {e.kind for e in many} == {"upload.refusals"}
+    assert [e.detail["this_hour"] for e in many] == [32, 64]
     assert len(entries) == ONE_BY_ONE + 2
     call(live.local_admin.AbandonRound, admin_pb2.RoundAction(round=round_.id))
 
