@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("coldmerge", "coordinator/coldmerge_coordinator", "client/coldmerge_client")
+SOURCES = (
+    "coldmerge",
+    "coordinator/coldmerge_coordinator",
+    "client/coldmerge_client",
+    "simulation/coldmerge_simulation",
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class RaiseSite:
 
 
 def raise_sites() -> Iterator[RaiseSite]:
-    """Every construction of an error with a literal code, in the three packages."""
+    """Every construction of an error with a literal code, in the four packages."""
     from coldmerge.core.errors import KINDS
 
     for folder in SOURCES:
