@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -138,16 +139,18 @@ class Digits:
 
     def train(self, job: TrainJob, progress: Progress = silent) -> Trained:
         """Fine-tune at home. It takes a second, so an interrupted job simply starts again."""
-        data = folders.load(self.config.data.train)
+        train, _ = folders.load_training(self.config.data.train)
+        kinds = {label: place for place, label in enumerate(sorted({e.label for e in train}))}
+        train = [replace(example, label=kinds[example.label]) for example in train]
         torch.manual_seed(job.seed)
         network = _load(job.release)
-        head = torch.nn.Linear(FEATURES, len(data.labels))
+        head = torch.nn.Linear(FEATURES, len(kinds))
         if job.head is not None:
             head.load_state_dict(safetensors.torch.load_file(job.head / HEAD))
         loss = _fit(
             network,
             head,
-            data.train,
+            train,
             epochs=round(self.config.epochs),
             rate=self.config.lr,
             seed=job.seed,
@@ -158,17 +161,17 @@ class Digits:
             folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(network.state_dict(), tuned / "model.safetensors")
         safetensors.torch.save_file(head.state_dict(), kept / HEAD)
-        return Trained(tuned, kept, len(data.train), {"train_loss": loss})
+        return Trained(tuned, kept, len(train), {"train_loss": loss})
 
     def predict(self, job: EvaluateJob, progress: Progress = silent) -> Predictions:
         """A probe on the features, refitted on the training part."""
-        data = folders.load(self.config.data.train)
+        train, validation = folders.load_training(self.config.data.train)
         progress("probe", 0, 1)
-        labels = np.array([example.label for example in data.validation], np.int64)
+        labels = np.array([example.label for example in validation], np.int64)
         predicted = linear_probe(
-            features(job.release, data.train),
-            np.array([example.label for example in data.train]),
-            features(job.release, data.validation),
+            features(job.release, train),
+            np.array([example.label for example in train]),
+            features(job.release, validation),
             labels,
             job.seed,
         )

@@ -89,14 +89,22 @@ def load(folder: Path, seed: int = 0) -> Task:
         DataError: a file is missing or empty, or a line is not an example.
 
     """
-    train, test = (_read(folder / f"{part}.jsonl") for part in ("train", "test"))
-    held = folder / "validation.jsonl"
-    if held.exists():
-        validation = _read(held)
-    else:
-        train, validation = _hold_out(train, f"{seed}/{folder.name}")
+    train, validation = load_training(folder, seed)
+    test = _read(folder / "test.jsonl")
     labels = sorted({example.label for example in train})
     return Task(folder.name, tuple(map(str, labels)), tuple(train), tuple(validation), tuple(test))
+
+
+def load_training(folder: Path, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """The training and the validation part of a task folder, which may have no other.
+
+    Raises:
+        DataError: as `load`.
+
+    """
+    train = _read(folder / "train.jsonl")
+    held = folder / "validation.jsonl"
+    return (train, _read(held)) if held.exists() else _hold_out(train, f"{seed}/{folder.name}")
 
 
 def _hold_out(train: list[Example], seed: str) -> tuple[list[Example], list[Example]]:

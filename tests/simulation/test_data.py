@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coldmerge.core.errors import ColdmergeError, ConfigError, ConflictError, DataError
+from coldmerge.demo import digits, folders
+from coldmerge_client.training.config import TrainConfig
+from coldmerge_client.training.trainer import TrainJob, load_trainer
+from coldmerge_simulation.data import (
+    DataConfig,
+    Partitioner,
+    Pool,
+    deal_again,
+    make,
+    partitioner,
+)
+
+
+def config(partition: Any = "task", folder: Path | None = None, **keys: Any) -> DataConfig:
+    values = {"partition": partition, **keys}
+    return DataConfig.model_validate(values, context={"folder": folder or Path.cwd()})
+
+
+def task_folder(
+    folder: Path, rows: Sequence[dict[str, Any]], parts: Sequence[str] = ("train", "test")
+) -> Path:
+    folder.mkdir(parents=True)
+    for part in parts:
+        lines = [json.dumps(row) for row in rows]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def texts(count: int = 60, labels: Sequence[Any] = ("no", "yes")) -> list[dict[str, Any]]:
+    return [
+        {"text": f"{n}", "label": labels[n % len(labels)], "hospital": f"h{n % 7}"}
+        for n in range(count)
+    ]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def pool(labels: Sequence[int]) -> Pool:
+    rows = [{"text": str(n), "label": label, "c": n % 5} for n, label in enumerate(labels)]
+    return Pool("pool", rows, np.array(labels, np.int64))
+
+
+WAYS = (
+    partitioner("iid", {}),
+    partitioner("dirichlet", {"alpha": 0.1, "minimum": 4}),
+    partitioner("dirichlet", {"alpha": 1e-6}),
+    partitioner("dirichlet", {"alpha": 1e6}),
+    partitioner("shards", {"each": 1}),
+    partitioner("shards", {"each": 3}),
+)
+
+
+@given(
+    st.sampled_from(WAYS),
+    st.lists(st.integers(20, 50), min_size=2, max_size=5),
+    st.integers(1, 10),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_way_deals_all_rows_once_and_two_labels_to_everybody(
+    way: Partitioner, held: list[int], count: int, seed: int
+) -> None:
+    labels = [label for label, many in enumerate(held) for _ in range(many)]
+    parts = way.deal(pool(labels), count, np.random.default_rng(seed))
+    assert len(parts) == count
+    assert sorted(position for part in parts for position in part) == list(range(len(labels)))
+    assert all(len(part) >= getattr(way, "minimum", 3) for part in parts)
+    assert all(len({labels[position] for position in part}) >= 2 for part in parts)
+    assert parts == way.deal(pool(labels), count, np.random.default_rng(seed))
+
+
+def test_a_small_alpha_makes_contributors_unlike() -> None:
+    labels = [n % 4 for n in range(800)]
+
+    def unlike(alpha: float) -> float:
+        way = partitioner("dirichlet", {"alpha": alpha})
+        parts = way.deal(pool(labels), 10, np.random.default_rng(0))
+        shares = [np.bincount([labels[i] for i in p], minlength=4) / len(p) for p in parts]
+        return float(np.mean([abs(share - 0.25).sum() for share in shares]))
+
+    assert unlike(0.1) > 1.3 * unlike(1.0) > 4 * unlike(100.0)
+
+
+def test_a_column_is_never_cut() -> None:
+    parts = partitioner("column", {"column": "c"}).deal(
+        pool([n % 2 for n in range(100)]), 3, np.random.default_rng(0)
+    )
+    held = [{position % 5 for position in part} for part in parts]
+    assert sum(map(len, held)) == 5
+    assert sorted(map(len, parts)) == [20, 40, 40]
+
+
+def test_parts_that_cannot_be_mended_stay() -> None:
+    labels = np.array([0, 0, 0, 0, 1], np.int64)
+    assert deal_again([[0, 1], [2, 3, 4]], labels, 2) == [[0, 1], [2, 3, 4]]
+    assert deal_again([[0, 1], [2, 3, 4]], labels, 9) == [[0, 1], [2, 3, 4]]
+    assert sorted(map(len, deal_again([[], [0, 1, 2, 3, 4]], labels, 2))) == [2, 3]
+
+
+@pytest.mark.parametrize("by", ["task", {"by": "dirichlet", "alpha": 0.3}, "iid"])
+def test_the_digits_train_whatever_share_of_them_one_holds(tmp_path: Path, by: Any) -> None:
+    made = make(config(by), 7, 1, tmp_path / "data")
+    assert made.names == tuple(f"org-{n}" for n in range(1, 8))
+    assert [task.name for task in made.unseen] == ["digits-789"]
+    assert len(made.seen) == (3 if by == "task" else 1)
+    share = min(made.shares, key=lambda share: share.examples)
+    trained = load_trainer(
+        TrainConfig.parse({"trainer": digits.TRAINER, "data": str(share.folder), "lr": 1e-3})
+    ).train(
+        TrainJob(
+            digits.pretrain(tmp_path / "base", 0),
+            tmp_path / "out",
+            None,
+            TrainConfig.parse({"data": str(share.folder)}),
+            0,
+        )
+    )
+    assert trained.examples == share.examples == sum(share.labels.values())
+
+
+def test_the_same_settings_give_the_same_bytes_and_are_read_again(tmp_path: Path) -> None:
+    how = config({"by": "dirichlet", "alpha": 0.2})
+    first, second = make(how, 12, 5, tmp_path / "a"), make(how, 12, 5, tmp_path / "b")
+    other = make(how, 12, 6, tmp_path / "c")
+
+    def bytes_of(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.jsonl")}
+
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b") != bytes_of(tmp_path / "c")
+    assert [s.labels for s in first.shares] == [s.labels for s in second.shares]
+    assert [s.labels for s in first.shares] != [s.labels for s in other.shares]
+    assert make(how, 12, 5, tmp_path / "a") == first
+    with pytest.raises(ConflictError, match="another simulation"):
+        make(how, 11, 5, tmp_path / "a")
+
+
+def test_what_a_killed_run_left_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / ".data.partial").mkdir()
+    (tmp_path / ".data.partial" / "junk").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "junk").touch()
+    make(config("iid"), 3, 0, tmp_path / "data")
+    assert not (tmp_path / ".data.partial").exists()
+    assert not (tmp_path / "data" / "junk").exists()
+
+
+def test_folders_of_any_name_with_words_as_labels(tmp_path: Path) -> None:
+    parts = ("train", "validation", "test")
+    for name in ("Müller & co", "b", "kept back"):
+        task_folder(tmp_path / "sets" / name, texts(), parts)
+    made = make(
+        config("task", tmp_path, source="sets", unseen=["kept back"]), 4, 0, tmp_path / "data"
+    )
+    assert [share.task for share in made.shares] == ["Müller & co", "b"] * 2
+    assert [task.name for task in made.seen] == ["Müller & co", "b"]
+    assert [task.name for task in made.unseen] == ["kept back"]
+    train = lines(made.shares[0].folder / "train.jsonl")
+    assert {row["label"] for row in train} == {"no", "yes"}
+    assert all("hospital" in row for row in train)
+    assert {example.label for example in made.seen[0].test} == {0, 1}
+
+
+def test_one_contributor_to_a_task_keeps_its_parts(tmp_path: Path) -> None:
+    task_folder(tmp_path / "sets" / "a", texts(40), ("train", "test"))
+    (tmp_path / "sets/a/validation.jsonl").write_text(
+        "\n".join(json.dumps(row) for row in texts(12)) + "\n"
+    )
+    made = make(config("task", tmp_path, source="sets/a"), 1, 0, tmp_path / "data")
+
+    def key(row: dict[str, Any]) -> int:
+        return int(row["text"])
+
+    assert sorted(lines(made.shares[0].folder / "train.jsonl"), key=key) == texts(40)
+    assert sorted(lines(made.shares[0].folder / "validation.jsonl"), key=key) == texts(12)
+
+
+def test_without_validation_each_contributor_sets_some_aside(tmp_path: Path) -> None:
+    task_folder(tmp_path / "a", texts(60))
+    made = make(
+        config({"by": "column", "column": "hospital"}, tmp_path, source="a"),
+        5,
+        0,
+        tmp_path / "data",
+    )
+    for share in made.shares:
+        train, validation = (
+            lines(share.folder / f"{part}.jsonl") for part in ("train", "validation")
+        )
+        assert 0 < len(validation) < len(train)
+        assert {row["label"] for row in validation} <= {row["label"] for row in train}
+    everybody = [
+        row["text"]
+        for share in made.shares
+        for part in ("train", "validation")
+        for row in lines(share.folder / f"{part}.jsonl")
+    ]
+    assert sorted(everybody, key=int) == [str(n) for n in range(60)]
+
+
+def test_columns_are_mapped(tmp_path: Path) -> None:
+    rows = [{"utterance": f"u{n}", "intent": n % 3} for n in range(30)]
+    task_folder(tmp_path / "a", rows)
+    columns = {"text": "utterance", "label": "intent"}
+    made = make(config("iid", tmp_path, source="a", columns=columns), 2, 0, tmp_path / "data")
+    assert set(lines(made.shares[0].folder / "train.jsonl")[0]) == {"text", "label"}
+
+
+def wrong(tmp_path: Path, partition: Any, contributors: int, **keys: Any) -> str:
+    with pytest.raises(ColdmergeError) as caught:
+        make(config(partition, tmp_path, **keys), contributors, 0, tmp_path / "data")
+    assert caught.value.hint
+    assert not (tmp_path / "data").exists()
+    return caught.value.code
+
+
+def test_what_cannot_be_dealt_is_refused(tmp_path: Path) -> None:
+    task_folder(tmp_path / "a", texts(30))
+    task_folder(tmp_path / "same", texts(30, ["one"]))
+    task_folder(tmp_path / "no test", texts(30), ["train"])
+    split = [{"text": f"{n}", "label": n % 2, "site": n % 2} for n in range(30)]
+    task_folder(tmp_path / "split", split)
+    column = {"by": "column", "column": "hospital"}
+    found = {
+        "more contributors than examples": wrong(tmp_path, "iid", 11, source="a"),
+        "a minimum beyond the data": wrong(
+            tmp_path, {"by": "dirichlet", "minimum": 8}, 4, source="a"
+        ),
+        "one class in all": wrong(tmp_path, "iid", 3, source="same"),
+        "one class for one": wrong(tmp_path, {"by": "column", "column": "site"}, 2, source="split"),
+        "absent column": wrong(tmp_path, {**column, "column": "ward"}, 3, source="a"),
+        "few values": wrong(tmp_path, column, 8, source="a"),
+        "absent part": wrong(tmp_path, "iid", 2, source="no test"),
+        "absent text": wrong(tmp_path, "iid", 2, source="a", columns={"text": "body"}),
+        "absent folder": wrong(tmp_path, "iid", 2, source="nowhere"),
+        "absent task": wrong(tmp_path, "iid", 2, source="a", tasks=["b"]),
+        "all unseen": wrong(tmp_path, "iid", 2, source="a", unseen=["a"]),
+        "no such digits": wrong(tmp_path, "iid", 2, tasks=["letters"]),
+        "no such library": wrong(tmp_path, "iid", 2, source="documentation", tasks=["cobol"]),
+    }
+    assert found == {
+        "more contributors than examples": "simulation.too_few_examples",
+        "a minimum beyond the data": "simulation.too_few_examples",
+        "one class in all": "simulation.one_class",
+        "one class for one": "simulation.one_class",
+        "absent column": "simulation.no_column",
+        "few values": "simulation.too_few_values",
+        "absent part": "simulation.no_split",
+        "absent text": "simulation.no_label_or_text",
+        "absent folder": "simulation.no_source",
+        "absent task": "simulation.no_task",
+        "all unseen": "simulation.no_task",
+        "no such digits": "demo.unknown_digits",
+        "no such library": "demo.unknown_library",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("{", "simulation.bad_line"),
+        ("[1]", "simulation.bad_line"),
+        ('{"label": 1}', "simulation.no_label_or_text"),
+        ('{"text": "a"}', "simulation.no_label_or_text"),
+        ('{"text": "a", "label": null}', "simulation.bad_label"),
+        ('{"text": "a", "label": [1]}', "simulation.bad_label"),
+        ("", "simulation.empty_split"),
+    ],
+)
+def test_a_line_that_is_no_example_is_named(tmp_path: Path, line: str, code: str) -> None:
+    task_folder(tmp_path / "a", texts(30))
+    (tmp_path / "a/train.jsonl").write_text(line + "\n")
+    assert wrong(tmp_path, "iid", 2, source="a") == code
+
+
+def test_an_unknown_partitioner_lists_the_valid_ones() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config("dirichlett")
+    assert caught.value.expected == "column | dirichlet | iid | shards | task"
+    assert "`dirichlet`" in caught.value.hint
+    with pytest.raises(ConfigError, match=r"wrong at alpha: .*greater than 0"):
+        config({"by": "dirichlet", "alpha": 0})
+    with pytest.raises(ConfigError, match="wrong at beta"):
+        config({"by": "dirichlet", "beta": 1})
+
+
+def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """What installing a package with such an entry point does."""
+    about = tmp_path / "researcher-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: researcher\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(f"[coldmerge.partitioners]\nevery-other = {target}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+OWN = """
+from coldmerge_simulation.data import Partitioner
+
+class EveryOther(Partitioner):
+    name = "every-other"
+    broken: bool = False
+
+    def deal(self, pool, count, draw):
+        step = 1 if self.broken else count
+        return [list(range(start, len(pool.rows), step)) for start in range(count)]
+"""
+
+
+def test_a_partitioner_of_ones_own_comes_by_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "researchers_own.py").write_text(OWN)
+    plug_in(tmp_path, monkeypatch, "researchers_own:EveryOther")
+    how = config("every-other")
+    assert how.model_dump(mode="json")["partition"] == {"by": "every-other", "broken": False}
+    assert len(make(how, 4, 0, tmp_path / "data").shares) == 4
+    with pytest.raises(ConfigError) as caught:
+        make(config({"by": "every-other", "broken": True}), 4, 0, tmp_path / "other")
+    assert caught.value.code == "simulation.bad_parts"
+
+
+def test_a_broken_entry_point_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(tmp_path, monkeypatch, "no_such_module:Thing")
+    with pytest.raises(ConfigError, match="every-other of another package") as caught:
+        config("every-other")
+    assert "ModuleNotFoundError" in str(caught.value.got)
+
+
+def test_tasks_of_a_simulation_are_folders_like_any_other(tmp_path: Path) -> None:
+    make(config("task"), 3, 0, tmp_path / "data")
+    task = folders.load(tmp_path / "data/tasks/seen/00/digits-234")
+    assert task.train == digits.task("digits-234", 0).train
+    with pytest.raises(DataError):
+        folders.load(tmp_path / "data/org-1")
