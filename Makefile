@@ -5,7 +5,7 @@ PROTOS := $(wildcard protos/coldmerge/v1/*.proto)
 DEMO ?=
 TEST ?=
 SERVERS := --database postgresql --blobs s3
-STORED := tests/coordinator/store tests/coordinator/service tests/coordinator/test_races.py tests/attacks
+STORED := tests/coordinator/store tests/coordinator/service tests/coordinator/test_races.py
 SECONDS ?= 60
 FUZZ ?=
 

@@ -17,6 +17,7 @@ def within() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_every_phase(within: Path) -> None:
     figures = benchmark(8_000_000, 1, within)
     assert [phase["phase"] for phase in figures["phases"]] == [

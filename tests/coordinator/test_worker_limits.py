@@ -146,7 +146,14 @@ def private_peak(bench: Bench, nbytes: int, contributions: int, **merge: object)
 TIES = {"method": "ties", "parameters": {"density": 0.2}}
 
 
-@pytest.mark.parametrize("merge", [{}, TIES, {**TIES, "outer": {"method": "adam"}}])
+@pytest.mark.parametrize(
+    "merge",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(TIES, marks=pytest.mark.slow),
+        {**TIES, "outer": {"method": "adam"}},
+    ],
+)
 def test_memory_does_not_grow_with_the_model(bench: Bench, merge: dict[str, object]) -> None:
     assert private_peak(bench, 128 * 2**20, contributions=3, **merge) < 200 * 2**20
 

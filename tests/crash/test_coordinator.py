@@ -132,6 +132,7 @@ def test_killed_during_an_upload(
 
 
 @SMALL_IS_ENOUGH
+@pytest.mark.slow
 def test_killed_while_an_upload_becomes_a_contribution(
     paused: Paused, undisturbed: dict[str, dict[str, object]], copy: Copy, tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def test_killed_while_an_upload_becomes_a_contribution(
 
 
 @LARGE_TOO
+@pytest.mark.slow
 def test_killed_while_merging(
     paused: Paused, undisturbed: dict[str, dict[str, object]], copy: Copy, tmp_path: Path
 ) -> None:
@@ -187,6 +189,7 @@ def releases_of(hub: Hub, model: str, scratch: Path) -> tuple[int, str]:
 
 
 @SMALL_IS_ENOUGH
+@pytest.mark.slow
 def test_killed_while_the_merge_publishes(
     paused: Paused, undisturbed: dict[str, dict[str, object]], copy: Copy, tmp_path: Path
 ) -> None:

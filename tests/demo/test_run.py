@@ -116,7 +116,9 @@ def test_a_small_disk_is_said_before_anything_starts(
     assert caught.value.code == "demo.disk_too_small"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_however_it_is_ended_no_process_stays(kept: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "coldmerge", "demo", "--tiny", "--keep", str(kept)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as demo:

@@ -93,7 +93,11 @@ def assert_contributors_know(orgs: list[Org], release: dict[str, object]) -> Non
         assert set(loaded.config.id2label.values()) == {"fruit", "metal"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16],
+    ids=["fp32", "bf16"],
+)
 def test_master_is_base_plus_mean_to_the_last_bit(
     federation: Federation, tmp_path: Path, dtype: torch.dtype
 ) -> None:

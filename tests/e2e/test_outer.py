@@ -8,6 +8,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from tests.support import until
 OUTER = {"method": "nesterov", "lr": 0.7, "momentum": 0.9}
 
 
+@pytest.mark.slow
 def test_two_rounds_step_as_torch_does(federation: Federation, tmp_path: Path) -> None:
     serve_model(federation)
     hub = federation.hub

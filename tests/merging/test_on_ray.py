@@ -88,7 +88,7 @@ def merge(
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
-        ("linear", "{weight: 1.0}"),
+        pytest.param("linear", "{weight: 1.0}", marks=pytest.mark.slow),
         ("ties", "{density: 0.3, weight: 1.0, trim_scope: global}"),
     ],
 )
