@@ -74,13 +74,23 @@ class Crowd:
         """Come back whenever the coordinator hangs up."""
         while not self.end.wait(RECONNECT_SECONDS):
             for index, connection in enumerate(connections):
-                connection.setblocking(False)
-                with suppress(BlockingIOError):
-                    if connection.recv(1) == b"":
-                        connection.close()
+                if self._gone(connection):
+                    connection.close()
+                    with suppress(OSError):  # it is taken up again the next time
                         connections[index] = self._silent()
         for connection in connections:
             connection.close()
+
+    def _gone(self, connection: socket.socket) -> bool:
+        if connection.fileno() < 0:
+            return True
+        connection.setblocking(False)
+        try:
+            return connection.recv(1) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def manifest(self) -> Signed:
         """Of a valid contribution that will never come."""
@@ -169,6 +179,8 @@ def main(arguments: list[str]) -> int:
     with Session.open(Home(Path(home))) as session:
         crowd = Crowd(session, round_id)
         crowd.connect(int(connections))
+        if not crowd.upload():
+            raise SystemExit("the first upload was refused")
         while crowd.upload():
             pass
         crowd.read()

@@ -68,6 +68,7 @@ class Pinger:
     def __init__(self, home: Home) -> None:
         self._channel = connect(home)
         self._times: list[float] = []
+        self._failed: grpc.RpcError | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -76,11 +77,21 @@ class Pinger:
         stub = health_pb2_grpc.HealthStub(self._channel)
         while not self._end.wait(PING_EVERY):
             started = time.monotonic()
-            stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
+            try:
+                stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
+            except grpc.RpcError as error:
+                self._failed = error
+                return
             self._times.append(time.monotonic() - started)
 
     def take(self) -> float:
-        """The 99th percentile since the last call, in milliseconds."""
+        """The 99th percentile since the last call, in milliseconds.
+
+        Raises:
+            SystemExit: an answer did not come.
+        """
+        if self._failed is not None:
+            raise SystemExit(f"no answer about health: {self._failed}")
         times, self._times = self._times, []
         return 1000 * statistics.quantiles(times, n=100)[98] if len(times) > 1 else 0.0
 

@@ -28,7 +28,7 @@ from coldmerge.wire.invitation import Invitation
 from coldmerge.wire.proofs import enrol_message
 from coldmerge.wire.v1 import enrolment_pb2, enrolment_pb2_grpc
 from coldmerge_client import sent_log
-from coldmerge_client.files import write_atomic
+from coldmerge_client.files import exclusive, write_atomic
 from coldmerge_client.home import Home, Membership
 
 
@@ -63,17 +63,28 @@ def join(
     """
     ticket = Invitation.parse(invitation)
     ticket.check_fingerprint(fingerprint)
-    _refuse_second(home)
     name = _machine_name(machine)
+    with exclusive(home.lock("keys"), "this machine's keys", wait=True):
+        return _join(ticket, home, name, clock or SystemClock(), patience, on_retry)
+
+
+def _join(
+    ticket: Invitation,
+    home: Home,
+    name: str,
+    clock: Clock,
+    patience: float,
+    on_retry: OnRetry | None,
+) -> Membership:
+    _refuse_second(home)
     identity, tls = _make_keys(home)
     csr = csr_of(tls)
     raw_identity = identity.public_key().public_bytes_raw()
-    now = (clock or SystemClock()).now()
     sent_log.record(
         home,
         "join",
         {"federation": ticket.federation, "machine": name, "identity_key": raw_identity.hex()},
-        now,
+        clock.now(),
     )
     request = enrolment_pb2.EnrolRequest(
         token=ticket.token,

@@ -12,7 +12,7 @@ from pathlib import Path
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.checkpoint_writer import CheckpointWriter
 from coldmerge.core.digests import Content
-from coldmerge.core.documents import TensorEntry
+from coldmerge.core.documents import FileEntry, TensorEntry
 from coldmerge.core.dtypes import blocks
 from coldmerge.core.errors import ColdmergeError, IntegrityError
 from coldmerge.core.files import PositionalFile
@@ -202,12 +202,7 @@ def _write(
             if digest.hexdigest() != entry.sha256:
                 raise _damaged(source, cache / entry.sha256)
         for file in content.files:
-            source = local.get(file.sha256)
-            path = source.folder / source.name if source else cache / file.sha256
-            data = path.read_bytes() if file.size else b""
-            if hashlib.sha256(data).hexdigest() != file.sha256:
-                raise _damaged(source, path)
-            writer.write_file(file.path, data)
+            writer.write_file(file.path, _file_bytes(file, local.get(file.sha256), cache))
         writer.write_file(RELEASE_FILE, about)
 
 
@@ -228,6 +223,21 @@ def _tensor_blocks(
             yield opened[source.folder].raw(source.name, start, stop)
     except ColdmergeError as error:
         raise _DamagedError(source.folder) from error
+
+
+def _file_bytes(file: FileEntry, source: _Source | None, cache: Path) -> bytes:
+    if file.size == 0:
+        data = b""
+    elif source is None:
+        data = (cache / file.sha256).read_bytes()
+    else:
+        try:
+            data = (source.folder / source.name).read_bytes()
+        except OSError as error:
+            raise _DamagedError(source.folder) from error
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise _damaged(source, cache / file.sha256)
+    return data
 
 
 def _damaged(source: _Source | None, cached: Path) -> Exception:

@@ -2,12 +2,13 @@
 
 New keys are made in `keys/next/` and wait there until the coordinator has answered. The answer
 is put beside them, and only then do they move to their places: whatever breaks off in between
-is finished by the next renewal.
+is finished by the next renewal, one process at a time.
 """
 
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -17,13 +18,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from coldmerge.core.clock import Clock, SystemClock
 from coldmerge.core.errors import ConflictError, IntegrityError, ManifestError
+from coldmerge.core.files import fsync_path
 from coldmerge.wire.calls import OnRetry
 from coldmerge.wire.convert import timestamp
 from coldmerge.wire.proofs import rekey_message, renew_message
 from coldmerge.wire.v1 import enrolment_pb2
 from coldmerge_client import sent_log
 from coldmerge_client.enrol import call_enrolment, check_chain, csr_of, private_pem
-from coldmerge_client.files import write_atomic
+from coldmerge_client.files import exclusive, write_atomic
 from coldmerge_client.home import Home, load_key
 from coldmerge_client.outbox import Outbox
 
@@ -49,15 +51,25 @@ def renew(
     """
     clock = clock or SystemClock()
     asking = _Asking(home, clock, patience, on_retry)
-    if new_keys:
-        _make_next(home)
-    if home.next_keys.exists():
-        asking.with_next_keys()
-        settle(home, clock)
-        return
-    tls = home.tls_private_key()
-    chain = asking.certificate(home.identity_key(), tls)
-    write_atomic(home.certificate, chain, 0o644)
+    with _only_one(home):
+        if new_keys:
+            _make_next(home)
+        if _waits(home):
+            asking.with_next_keys()
+            _settle(home, clock)
+            return
+        tls = home.tls_private_key()
+        chain = asking.certificate(home.identity_key(), tls)
+        write_atomic(home.certificate, chain, 0o644)
+
+
+def _only_one(home: Home) -> AbstractContextManager[None]:
+    return exclusive(home.lock("keys"), "this machine's keys", wait=True)
+
+
+def _waits(home: Home) -> bool:
+    """Whether new keys wait, both: the second one is written last."""
+    return (home.next_keys / "tls.key").exists()
 
 
 class _Asking:
@@ -131,13 +143,19 @@ def _make_next(home: Home) -> None:
             hint="Send them with `coldmerge push`, or remove them, then change the keys.",
         )
     waiting = home.next_keys
-    if not (waiting / "tls.key").exists():
+    if not _waits(home):
         write_atomic(waiting / "identity.key", private_pem(Ed25519PrivateKey.generate()))
         write_atomic(waiting / "tls.key", private_pem(ec.generate_private_key(ec.SECP256R1())))
 
 
 def settle(home: Home, clock: Clock) -> None:
     """Put keys in place that the coordinator has accepted. Does nothing when there are none."""
+    if (home.next_keys / _CERTIFICATE).exists():
+        with _only_one(home):
+            _settle(home, clock)
+
+
+def _settle(home: Home, clock: Clock) -> None:
     waiting = home.next_keys
     if not (waiting / _CERTIFICATE).exists():
         return
@@ -152,7 +170,12 @@ def settle(home: Home, clock: Clock) -> None:
     ):
         mode = 0o644 if name == _CERTIFICATE else 0o600
         write_atomic(target, (waiting / name).read_bytes(), mode)
-    shutil.rmtree(waiting)
+    # In one step: what a removal that is cut short leaves would be taken for keys that wait.
+    settled = waiting.with_name("settled")
+    shutil.rmtree(settled, ignore_errors=True)
+    waiting.rename(settled)
+    fsync_path(settled.parent)
+    shutil.rmtree(settled, ignore_errors=True)
 
 
 def validity(home: Home) -> tuple[datetime, datetime]:

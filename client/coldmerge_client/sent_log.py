@@ -67,7 +67,8 @@ def _record(
         }
         signature = key.sign(_canonical(content)).hex()
         line = _canonical({**content, "signature": signature})
-        with home.sent_log.open("ab") as file:
+        handle = os.open(home.sent_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "ab") as file:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())

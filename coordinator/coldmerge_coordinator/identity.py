@@ -175,8 +175,7 @@ class Authority:
         root: x509.Certificate,
     ) -> None:
         self.federation = federation
-        self._key = key
-        self._certificate = certificate
+        self._intermediate = (key, certificate)
         self._folder: Path | None = None
         self._written = 0.0
         self.root_pem = root.public_bytes(Encoding.PEM)
@@ -218,7 +217,7 @@ class Authority:
             found = Authority.open(self._folder, self.federation)
         except (OSError, ConfigError):
             return False
-        self._key, self._certificate = found._key, found._certificate
+        self._intermediate = found._intermediate
         self._written = found._written
         return True
 
@@ -270,21 +269,20 @@ class Authority:
         names: x509.SubjectAlternativeName,
         usage: x509.ObjectIdentifier,
     ) -> Issued:
+        key, intermediate = self._intermediate  # once: another thread may take over a new one
         certificate = (
-            builder.issuer_name(self._certificate.subject)
+            builder.issuer_name(intermediate.subject)
             .add_extension(names, critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()),
                 critical=False,
             )
-            .sign(self._key, hashes.SHA256())
+            .sign(key, hashes.SHA256())
         )
-        chain = certificate.public_bytes(Encoding.PEM) + self._certificate.public_bytes(
-            Encoding.PEM
-        )
+        chain = certificate.public_bytes(Encoding.PEM) + intermediate.public_bytes(Encoding.PEM)
         return Issued(
             chain, format(certificate.serial_number, "x"), certificate.not_valid_after_utc
         )

@@ -42,13 +42,15 @@ class Sentry:
         self._open: set[_Open] = set()
 
     async def run(self) -> None:
-        """Look until cancelled. A database that is away shuts nobody out."""
+        """Look until cancelled. A look that fails shuts nobody out, and is not the last one."""
         while True:
             await asyncio.sleep(EVERY)
             try:
                 await self._look()
             except ColdmergeError as error:
                 log.warning("sentry.blind", code=error.code)
+            except Exception:
+                log.exception("sentry.blind")
 
     async def _look(self) -> None:
         calls = list(self._open)

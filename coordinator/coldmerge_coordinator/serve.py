@@ -186,24 +186,32 @@ async def _supervise(folder: Path) -> None:
     backoff = FIRST_BACKOFF
     while True:
         started = time.monotonic()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "coldmerge_coordinator.worker",
-            str(folder),
-            "--parent",
-            str(os.getpid()),
-            stdin=asyncio.subprocess.DEVNULL,
-        )
         try:
-            code = await process.wait()
-        except asyncio.CancelledError:
-            await _end(process)
-            raise
+            status: object = await _run_worker(folder)
+        except OSError as error:  # no memory, processes or descriptors are left just now
+            status = str(error)
         lived = time.monotonic() - started
         backoff = FIRST_BACKOFF if lived > HEALTHY_AFTER else min(2 * backoff, LONGEST_BACKOFF)
-        log.error("worker.died", exit_status=code, lived=round(lived, 1), restart_in=backoff)
+        log.error("worker.died", exit_status=status, lived=round(lived, 1), restart_in=backoff)
         await asyncio.sleep(backoff)
+
+
+async def _run_worker(folder: Path) -> int:
+    """The exit status of one worker."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "coldmerge_coordinator.worker",
+        str(folder),
+        "--parent",
+        str(os.getpid()),
+        stdin=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        return await process.wait()
+    except asyncio.CancelledError:
+        await _end(process)
+        raise
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -320,3 +320,14 @@ def test_the_key_of_another_machine_is_no_new_key(live: Live) -> None:
     with pytest.raises(ConflictError) as caught:
         call(live.enrolment.Renew, _rekey(org, org.keys, other.keys, other.keys))
     assert caught.value.code == "enrolment.known_key"
+
+
+def test_a_revoked_machine_does_not_come_back_by_an_earlier_invitation(live: Live) -> None:
+    live.machine("a")
+    ttl = timedelta(hours=1)
+    named = admin.invite(live.store, "a", "contributor", ttl, live.clock.now(), machine="box")
+    other = live.token("a")
+    admin.revoke(live.store, "a", "box", "stolen", live.clock.now())
+    request = Keys.make().enrol_request(named.token)
+    assert _refused(live, request, UnauthenticatedError) == "enrolment.bad_invitation"
+    _enrol(live, Keys.make().enrol_request(other, "laptop"))

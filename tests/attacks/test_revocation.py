@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from sqlalchemy import text
 
 from coldmerge.core.errors import ColdmergeError, UnauthenticatedError
 from coldmerge.wire.calls import call
@@ -195,3 +196,27 @@ def test_an_idle_stream_ends_with_the_right_to_it(tmp_path: Path, change: str) -
         expected = "auth.wrong_role" if change == "role" else "auth.expired"
         assert stream.error.code == expected
         assert isinstance(stream.error, UnauthenticatedError) == (change == "expiry")
+
+
+@pytest.mark.skipif("config.getoption('--database') != 'sqlite'", reason="types are checked")
+def test_a_row_that_cannot_be_read_blinds_nobody_for_long(
+    running: Live, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The look fails for all at once: it must be tried again."""
+    until("what came before to end", lambda: not _open_streams(running))
+    damaged, other = running.machine("damaged"), running.machine("other")
+    streams = [_Open(running, who, "watch rounds").start() for who in (damaged, other)]
+    statement = text("UPDATE machine SET enrolled_at = :at WHERE contributor = 'damaged'")
+
+    def write(at: str) -> None:
+        with running.store.database.write() as session:
+            session.execute(statement, {"at": at})
+
+    until("both streams to be open", lambda: _open_streams(running) == len(streams))
+    write("never")
+    until("the look to fail", lambda: "sentry.blind" in capsys.readouterr().out, 10)
+    write("2026-01-01 00:00:00.000000")
+    shut_out = _shut_out(running, "other")
+    until("the end of the stream", lambda: streams[1].hung_up, 20)
+    assert streams[1].hung_up - shut_out < ON_OPEN_STREAMS
+    _shut_out(running, "damaged")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -205,3 +206,19 @@ def test_a_certificate_for_another_key_or_by_another_root_is_not_stored(
     assert error.value.code == "enrol.bad_certificate"
     with pytest.raises(IntegrityError):
         enrol.check_chain(b"", root, home.tls_private_key())
+
+
+def test_two_that_join_at_once_make_one_machine(coordinator: Coordinator, tmp_path: Path) -> None:
+    home, invitation = Home(tmp_path / "home"), coordinator.invite("org-a")
+
+    def enter(_: int) -> str:
+        try:
+            return join(invitation, coordinator.fingerprint, home, "laptop").machine
+        except ConflictError as error:
+            return error.code
+
+    with ThreadPoolExecutor(4) as pool:
+        found = sorted(pool.map(enter, range(4)))
+    assert found == [*["enrol.already_joined"] * 3, "laptop"]
+    with Session.open(home) as session:
+        assert session.models()

@@ -104,6 +104,15 @@ def test_a_damaged_local_release_is_not_copied_from(
     assert content_entries(Checkpoint.open(pulled.folder)).digest == pulled.digest
 
 
+def test_a_local_release_that_lost_a_file_is_not_copied_from(
+    coordinator: Coordinator, session: Session, tmp_path: Path
+) -> None:
+    publish(coordinator, session, tmp_path / "tuned")
+    (session.home.release("m", 0) / "tokenizer.json").unlink()
+    pulled = pull(session, "m")
+    assert (pulled.folder / "tokenizer.json").read_text() == "{}"
+
+
 def test_a_candidate_is_pulled_by_its_digest(
     coordinator: Coordinator, session: Session, tmp_path: Path
 ) -> None:

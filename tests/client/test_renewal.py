@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -136,6 +138,62 @@ def test_a_change_of_keys_that_was_cut_short_goes_on(
         assert session.models()
     assert _known(live) == _public(home)
     assert sent_log.read(home)[-1].event == "new-keys"
+
+
+@pytest.mark.parametrize("written", [(), ("identity.key",)])
+def test_new_keys_that_were_not_made_to_the_end_stop_no_renewal(
+    live: Live, home: Home, monkeypatch: pytest.MonkeyPatch, written: tuple[str, ...]
+) -> None:
+    real = files.write_atomic
+
+    def dies(path: Path, data: bytes, mode: int = 0o600) -> None:
+        if path.name not in written:
+            path.parent.mkdir(exist_ok=True)
+            raise KeyboardInterrupt
+        real(path, data, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(renewal, "write_atomic", dies)
+        with pytest.raises(KeyboardInterrupt):
+            renew(home, new_keys=True)
+    before = home.certificate.read_bytes()
+    renew(home)
+    assert home.certificate.read_bytes() != before
+    renew(home, new_keys=True)
+    assert _known(live) == _public(home)
+
+
+@pytest.mark.parametrize("first", ["identity.key", "tls.key", "certificate.pem"])
+def test_keys_that_have_moved_are_forgotten_in_one_step(
+    live: Live, home: Home, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    def dies(path: Path, **_: object) -> None:
+        if (path / first).exists():
+            (path / first).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            renew(home, new_keys=True)
+    with Session.open(home) as session:
+        assert session.models()
+    renew(home)
+    renew(home, new_keys=True)
+    assert _known(live) == _public(home)
+    assert [path.name for path in sorted((home.path / "keys").iterdir())] == [
+        "identity.key",
+        "tls.key",
+    ]
+
+
+def test_two_processes_change_the_keys_once(live: Live, home: Home) -> None:
+    renewal._make_next(home)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(renew, home) for _ in range(4)]:
+            done.result()
+    assert _known(live) == _public(home)
+    assert [line.event for line in sent_log.read(home)] == ["join", "new-keys"]
 
 
 def test_keys_do_not_change_under_what_waits_to_be_sent(live: Live, home: Home) -> None:

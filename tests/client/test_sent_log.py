@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,3 +103,11 @@ def test_a_line_written_just_before_a_crash_counts(log: Home) -> None:
 
 def test_each_line_is_plain_json(log: Home) -> None:
     assert all(set(json.loads(line)) >= {"at", "event", "body"} for line in lines(log))
+
+
+def test_only_its_owner_reads_it_wherever_the_home_is(tmp_path: Path) -> None:
+    open_to_all = Home(tmp_path / "home")
+    open_to_all.path.mkdir(mode=0o755)
+    enrol._make_keys(open_to_all)
+    sent_log.record(open_to_all, "contribution", {"round": "r"}, AT)
+    assert stat.S_IMODE(open_to_all.sent_log.stat().st_mode) == 0o600

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy import func, select
 
 from coldmerge.core.documents import Signed, sign
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import Abandon
+from coldmerge.wire.convert import timestamp
+from coldmerge.wire.proofs import rekey_message
+from coldmerge.wire.v1 import enrolment_pb2
 from coldmerge_coordinator.auth import Caller
 from coldmerge_coordinator.identity import Authority
 from coldmerge_coordinator.service import admin
@@ -311,3 +315,45 @@ def test_a_contribution_is_replaced_or_taken_back_never_both(racers: list[Racer]
             assert session.get_one(Contribution, first).state == withdrawn.state
             admitted = rounds.view(session, rounds.get(session, round_.id)).contributors
         assert admitted == ("a",)
+
+
+def _rekey(org: Member, new: Keys, racer: Racer) -> None:
+    at, csr = timestamp(CLOCK.now()), new.csr().public_bytes(Encoding.DER)
+    message = rekey_message(at, new.public, csr)
+    racer.enrolment._renew(
+        enrolment_pb2.RenewRequest(
+            contributor=org.who.contributor,
+            machine=org.who.machine,
+            csr_der=csr,
+            at=at,
+            proof=org.keys.identity.sign(message),
+            new_identity_public_key=new.public,
+            new_proof=new.identity.sign(message),
+        )
+    )
+
+
+def _identity(racer: Racer, name: str) -> bytes:
+    with racer.store.database.read() as session:
+        return session.get_one(Machine, (name, "box")).identity_public_key
+
+
+@pytest.mark.parametrize("time", range(TIMES))
+def test_an_old_key_has_its_word_once(racers: list[Racer], time: int) -> None:
+    org, new = member(racers[0], f"org-{time}"), [Keys.make() for _ in racers]
+    results = each(racers, lambda racer, n: _rekey(org, new[n], racer))
+    assert sorted(map(str, results)) == ["None", *["enrolment.bad_proof"] * (REPLICAS - 1)]
+    assert _identity(racers[0], org.who.contributor) == new[results.index(None)].public
+
+
+@pytest.mark.parametrize("time", range(TIMES))
+def test_keys_that_an_invitation_replaces_stay_replaced(racers: list[Racer], time: int) -> None:
+    name, keys = f"org-{time}", Keys.make()
+    org = member(racers[0], name)
+    token = admin.invite(
+        racers[0].store, name, "contributor", timedelta(hours=1), CLOCK.now(), machine="box"
+    ).token
+    thieves = [partial(_rekey, org, Keys.make(), racer) for racer in racers[1:]]
+    results = race(partial(enrol, keys.enrol_request(token), racers[0]), *thieves)
+    assert results[0] == "contributor"
+    assert _identity(racers[0], name) == keys.public

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import socket
 import ssl
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +33,7 @@ from coldmerge_coordinator.identity import INTERMEDIATE, INTERMEDIATE_KEY, SIGNI
 from coldmerge_coordinator.rotation import rotate_intermediate, rotate_signing
 from coldmerge_coordinator.store import Store, keys
 from coldmerge_coordinator.store.models import SigningKey
-from tests.harness import MODEL, Live, coordinator, deltas
+from tests.harness import MODEL, Keys, Live, coordinator, deltas
 
 LIST = models_pb2.ListModelsRequest()
 
@@ -232,3 +234,32 @@ def test_a_running_store_signs_with_the_new_key(live: Live) -> None:
     assert live.store.signer.public_key == statement.public_key != before
     with Store.open(live.folder) as other:
         assert other.signer.public_key == statement.public_key
+
+
+def test_certificates_that_are_issued_during_rotations_fit_their_chain(live: Live) -> None:
+    authority = Authority.open(live.folder, live.store.federation)
+    csr, done = Keys.make().csr(), threading.Event()
+
+    def issue() -> list[bytes]:
+        chains = []
+        while not done.is_set():
+            issued = authority.issue_client(
+                csr,
+                contributor="a",
+                machine="box",
+                identity_public_key=b"k" * 32,
+                now=live.clock.now(),
+            )
+            chains.append(issued.chain_pem)
+        return chains
+
+    with ThreadPoolExecutor(4) as pool:
+        try:
+            issuing = [pool.submit(issue) for _ in range(4)]
+            for _ in range(40):
+                rotate_intermediate(live.folder, _root_key(live))
+        finally:
+            done.set()
+    for chain in {chain for issued in issuing for chain in issued.result()}:
+        leaf, intermediate = x509.load_pem_x509_certificates(chain)
+        leaf.verify_directly_issued_by(intermediate)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select, true
 from sqlalchemy.orm import Session
 
 from coldmerge.core.errors import ConfigError, ConflictError, NotFoundError
@@ -64,38 +64,48 @@ def invite(
     """
     _check_invitation(contributor, role, ttl, machine)
     token = secrets.token_urlsafe(32)
-    expires_at = now + ttl
+    invitation = Invitation(
+        token_sha256=token_digest(token).hex(),
+        contributor=contributor,
+        role=role,
+        created_at=now,
+        expires_at=now + ttl,
+        machine=machine or None,
+    )
     with store.database.write() as session:
         row = people.hold(session, contributor) or people.make(session, contributor, role, now)
-        if row.role != role:
-            raise ConflictError(
-                "invite.other_role",
-                f"{contributor} takes part in another role.",
-                expected=row.role,
-                got=role,
-                hint=f"Invite it with --role {row.role}, or another name for the other role.",
-                contributor=contributor,
-            )
-        if row.revoked_at is not None:
-            for other in machines_of(session, contributor):
-                other.revoked_at = other.revoked_at or row.revoked_at
-            row.revoked_at, row.revoked_reason = None, None
-        session.add(
-            Invitation(
-                token_sha256=token_digest(token).hex(),
-                contributor=contributor,
-                role=role,
-                created_at=now,
-                expires_at=expires_at,
-                machine=machine or None,
-            )
+        _let_back_in(session, row, role)
+        session.add(invitation)
+        _log_invitation(session, invitation, actor)
+    return Invited(token, invitation.expires_at)
+
+
+def _let_back_in(session: Session, row: Contributor, role: str) -> None:
+    """End the revocation of an organization of that role; its machines stay shut out."""
+    if row.role != role:
+        raise ConflictError(
+            "invite.other_role",
+            f"{row.name} takes part in another role.",
+            expected=row.role,
+            got=role,
+            hint=f"Invite it with --role {row.role}, or another name for the other role.",
+            contributor=row.name,
         )
-        ids = {"contributor": contributor, "invitation": token_digest(token).hex()[:16]}
-        if machine:
-            ids["machine"] = machine
-        detail: dict[str, audit.Scalar] = {"role": role, "expires_at": expires_at.isoformat()}
-        audit.append(session, "contributor.invited", actor, now, ids=ids, detail=detail)
-    return Invited(token, expires_at)
+    if row.revoked_at is not None:
+        for machine in machines_of(session, row.name):
+            machine.revoked_at = machine.revoked_at or row.revoked_at
+        row.revoked_at, row.revoked_reason = None, None
+
+
+def _log_invitation(session: Session, invitation: Invitation, actor: str) -> None:
+    ids = {"contributor": invitation.contributor, "invitation": invitation.token_sha256[:16]}
+    if invitation.machine:
+        ids["machine"] = invitation.machine
+    until = invitation.expires_at.isoformat()
+    detail: dict[str, audit.Scalar] = {"role": invitation.role, "expires_at": until}
+    audit.append(
+        session, "contributor.invited", actor, invitation.created_at, ids=ids, detail=detail
+    )
 
 
 def _check_invitation(contributor: str, role: str, ttl: timedelta, machine: str) -> None:
@@ -158,7 +168,7 @@ def revoke(
 
     With the organization go its open invitations and its contribution to a round that
     is still OPEN, also one that waits in quarantine; what was sealed is merged, unless the
-    admin abandons that round.
+    admin abandons that round. With a machine go the open invitations for it by its name.
 
     Raises:
         NotFoundError: no such organization or machine.
@@ -179,17 +189,24 @@ def revoke(
         if found is not None:
             found.revoked_at = found.revoked_at or now
             found.revoked_reason = reason[:500] or found.revoked_reason
+            _end_invitations(session, Invitation.machine == machine, row, now)
             return row
         row.revoked_at = row.revoked_at or now
         row.revoked_reason = reason[:500] or row.revoked_reason
-        open_invitations = select(Invitation).where(
-            Invitation.contributor == contributor, Invitation.used_at.is_(None)
-        )
-        for invitation in session.scalars(open_invitations.with_for_update()):
-            invitation.expires_at = min(invitation.expires_at, now)
+        _end_invitations(session, true(), row, now)
         taken = _take_back(session, store, contributor, now, actor)
     store.payloads.remove(taken)
     return row
+
+
+def _end_invitations(
+    session: Session, which: ColumnElement[bool], row: Contributor, now: datetime
+) -> None:
+    query = select(Invitation).where(
+        Invitation.contributor == row.name, Invitation.used_at.is_(None), which
+    )
+    for invitation in session.scalars(query.with_for_update()):
+        invitation.expires_at = min(invitation.expires_at, now)
 
 
 def _take_back(

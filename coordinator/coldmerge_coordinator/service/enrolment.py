@@ -89,33 +89,8 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         key = request.identity_public_key
         machine = session.get(Machine, (contributor.name, request.machine))
         if invitation.used_at is not None:
-            # An answer that was lost on the way: the same key asks again.
-            if (
-                machine is None
-                or machine.identity_public_key != key
-                or machine.enrolled_at != invitation.used_at
-            ):
-                raise _bad_invitation("was used already")
-            refuse_revoked(contributor, machine)
-            return machine
-        if invitation.machine not in (None, request.machine):
-            raise ConflictError(
-                "enrolment.other_machine",
-                "This invitation is for another machine.",
-                expected=invitation.machine,
-                got=request.machine,
-                hint=f"Join with --machine {invitation.machine}, or ask for another invitation.",
-            )
-        replaces = invitation.machine is not None
-        if machine is not None and machine.revoked_at is None and not replaces:
-            raise ConflictError(
-                "enrolment.machine_exists",
-                f"{contributor.name} has a machine {request.machine} already.",
-                hint="Join with another --machine name; if this is that machine and its keys are "
-                "lost, the admin invites it by its name, which replaces them.",
-                contributor=contributor.name,
-                machine=request.machine,
-            )
+            return _asked_again(invitation, contributor, machine, key)
+        _check_name(invitation, machine, request.machine)
         _refuse_known_key(session, key)
         invitation.used_at = now
         if machine is None:
@@ -147,8 +122,9 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
     def _renew(self, request: enrolment_pb2.RenewRequest) -> enrolment_pb2.RenewResponse:
         csr, key = read_csr(request.csr_der), request.new_identity_public_key
         with _one_machine_per_key(key), self._store.database.write() as session:
-            contributor = session.get(Contributor, request.contributor)
-            machine = session.get(Machine, (request.contributor, request.machine))
+            # Held: an invitation may be replacing these keys this instant.
+            contributor = session.get(Contributor, request.contributor, **people.SHARE)
+            machine = people.hold_machine(session, request.contributor, request.machine)
             if machine is None or contributor is None:
                 raise UnauthenticatedError(
                     "enrolment.unknown_machine",
@@ -226,6 +202,41 @@ def _find_invitation(session: Session, token: str) -> Invitation:
         raise _bad_invitation("is unknown here")
     people.hold(session, known.contributor)
     return session.get_one(Invitation, digest, **people.HOLD)
+
+
+def _asked_again(
+    invitation: Invitation, contributor: Contributor, machine: Machine | None, key: bytes
+) -> Machine:
+    """The machine that used the invitation: its answer was lost on the way, so it asks again."""
+    if (
+        machine is None
+        or machine.identity_public_key != key
+        or machine.enrolled_at != invitation.used_at
+    ):
+        raise _bad_invitation("was used already")
+    refuse_revoked(contributor, machine)
+    return machine
+
+
+def _check_name(invitation: Invitation, machine: Machine | None, name: str) -> None:
+    """Refuse a name that is not the invitation's, or is taken and not given up by it."""
+    if invitation.machine not in (None, name):
+        raise ConflictError(
+            "enrolment.other_machine",
+            "This invitation is for another machine.",
+            expected=invitation.machine,
+            got=name,
+            hint=f"Join with --machine {invitation.machine}, or ask for another invitation.",
+        )
+    if invitation.machine is None and machine is not None and machine.revoked_at is None:
+        raise ConflictError(
+            "enrolment.machine_exists",
+            f"{machine.contributor} has a machine {name} already.",
+            hint="Join with another --machine name; if this is that machine and its keys are "
+            "lost, the admin invites it by its name, which replaces them.",
+            contributor=machine.contributor,
+            machine=name,
+        )
 
 
 def _bad_invitation(what: str) -> UnauthenticatedError:

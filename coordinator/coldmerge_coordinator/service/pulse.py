@@ -31,13 +31,15 @@ class Pulse:
         self._stopping = False
 
     async def run(self) -> None:
-        """Poll until cancelled."""
+        """Poll until cancelled. A look that fails is not the last one."""
         last: tuple[Any, ...] = ()
         while True:
             try:
                 now = await asyncio.to_thread(self._counters)
             except ColdmergeError as error:
                 log.warning("pulse.failed", code=error.code)
+            except Exception:
+                log.exception("pulse.failed")
             else:
                 if now != last:
                     last = now

@@ -287,31 +287,39 @@ def publish(
     get_content(session, content_digest)
     get_masters(session, master_digest)
     previous = _latest(session, model)
-    record = ReleaseRecord(
-        federation=signer.federation,
-        model=model,
-        number=0 if previous is None else previous.number + 1,
-        content_digest=content_digest,
-        master_digest=master_digest,
-        state_digest=state_digest,
-        previous_record=None if previous is None else get_record(previous).digest(),
-        parents=tuple(parents),
-        round=round_id,
-        recipe=recipe,
-        contributions=tuple(sorted(contributions)),
-        flags=tuple(sorted(flags)),
-        created_at=now,
+    return _store(
+        session,
+        signer,
+        ReleaseRecord(
+            federation=signer.federation,
+            model=model,
+            number=0 if previous is None else previous.number + 1,
+            content_digest=content_digest,
+            master_digest=master_digest,
+            state_digest=state_digest,
+            previous_record=None if previous is None else get_record(previous).digest(),
+            parents=tuple(parents),
+            round=round_id,
+            recipe=recipe,
+            contributions=tuple(sorted(contributions)),
+            flags=tuple(sorted(flags)),
+            created_at=now,
+        ),
     )
+
+
+def _store(session: Session, signer: Signer, record: ReleaseRecord) -> Release:
+    """Sign a record, and write it down as the release that it is about."""
     signed = signer.sign(record)
     release = Release(
-        model=model,
+        model=record.model,
         number=record.number,
-        content_digest=content_digest,
-        master_digest=master_digest,
-        state_digest=state_digest,
+        content_digest=record.content_digest,
+        master_digest=record.master_digest,
+        state_digest=record.state_digest,
         record=signed.document,
         signature=signed.signature,
-        published_at=now,
+        published_at=record.created_at,
     )
     session.add(release)
     session.flush()
@@ -339,15 +347,7 @@ def rollback(
     """
     get_model(session, model, lock=True)
     old, latest = get_release(session, model, number), latest_release(session, model)
-    active = session.scalars(select(Round).where(Round.model == model, Round.active)).one_or_none()
-    if active is not None:
-        raise ConflictError(
-            "release.round_active",
-            f"Round {active.id} of {model} is going on, from release {active.base_number}.",
-            hint=f"End it first with `coldmerge round abandon {active.id}`.",
-            model=model,
-            round=active.id,
-        )
+    _refuse_while_round_active(session, model)
     if _substance(old) == _substance(latest):
         raise ConflictError(
             "release.already_latest",
@@ -372,6 +372,18 @@ def rollback(
         parents=(old.content_digest,),
         flags=("rollback",),
     )
+
+
+def _refuse_while_round_active(session: Session, model: str) -> None:
+    active = session.scalars(select(Round).where(Round.model == model, Round.active)).one_or_none()
+    if active is not None:
+        raise ConflictError(
+            "release.round_active",
+            f"Round {active.id} of {model} is going on, from release {active.base_number}.",
+            hint=f"End it first with `coldmerge round abandon {active.id}`.",
+            model=model,
+            round=active.id,
+        )
 
 
 def _substance(release: Release) -> tuple[str, str, str | None]:

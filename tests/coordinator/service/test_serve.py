@@ -36,9 +36,9 @@ SERVE = (
 
 
 @contextmanager
-def _serving(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def _serving(folder: Path, code: str = SERVE) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", SERVE, str(folder)],
+        [sys.executable, "-W", "error", "-c", code, str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -192,3 +192,13 @@ def test_init_refuses_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         setup.init(tmp_path / "b", listen="nowhere")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(tmp_path: Path) -> None:
+    folder, python = make_coordinator(tmp_path / "hub"), tmp_path / "python"
+    code = f"import sys; sys.executable = {str(python)!r}; {SERVE}"
+    with _serving(folder, code) as process:
+        assert process.poll() is None
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        until("a worker", lambda: _children(process.pid), 30)
