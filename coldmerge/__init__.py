@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from coldmerge.core.extraction import Extraction, extract
     from coldmerge.core.task_vector import TaskVector
     from coldmerge.merging import Input, merge, merger
+    from coldmerge_simulation import simulate
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "merger",
     "negate",
     "scale",
+    "simulate",
 ]
 
 _HOMES = {
@@ -56,6 +58,7 @@ _HOMES = {
     "coldmerge.core.extraction": ("Extraction", "extract"),
     "coldmerge.core.task_vector": ("TaskVector",),
     "coldmerge.merging": ("Input", "merge", "merger"),
+    "coldmerge_simulation": ("simulate",),
 }
 
 

@@ -5,19 +5,17 @@ Only counts and scores are reported; texts, labels and predictions stay here.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from coldmerge.core.documents import Evaluation, sign
 from coldmerge.core.errors import ConflictError
 from coldmerge.core.progress import Progress, silent
-from coldmerge.evaluation.metrics import PairedScores, paired
+from coldmerge.evaluation.metrics import PairedScores
 from coldmerge.wire.v1 import common_pb2
-from coldmerge_client import sent_log
+from coldmerge_client import papers, sent_log
+from coldmerge_client.papers import Addressed, Body
 from coldmerge_client.prepare import Leaving, base_of
 from coldmerge_client.pull import pull_candidate
 from coldmerge_client.session import Session
 from coldmerge_client.training.config import TrainConfig
-from coldmerge_client.training.trainer import EvaluateJob, load_trainer
 
 
 def evaluate(
@@ -44,19 +42,14 @@ def evaluate(
         )
     base = base_of(session, round_, progress)
     candidate = pull_candidate(session, round_.model, round_.candidate_digest, progress=progress)
-    job = EvaluateJob(
-        release=base.folder,
-        config=config,
-        seed=round_.probe_seed,
-        cache=session.home.cache / "features",
-        digest=base.digest,
+    return papers.compare(
+        config,
+        Body(base.folder, base.digest),
+        Body(candidate.folder, candidate.digest),
+        round_.probe_seed,
+        session.home.cache / "features",
+        progress,
     )
-    trainer = load_trainer(config)
-    before = trainer.predict(job, progress)
-    after = trainer.predict(
-        replace(job, release=candidate.folder, digest=candidate.digest), progress
-    )
-    return paired(before.labels, before.predicted, after.predicted)
 
 
 def leaving_scores(round_: common_pb2.Round, scores: PairedScores) -> Leaving:
@@ -90,20 +83,17 @@ def report(session: Session, round_: common_pb2.Round, scores: PairedScores) -> 
     Raises:
         ConflictError: the gate has decided already.
     """
-    evaluation = Evaluation(
-        federation=session.member.federation,
-        model=round_.model,
-        round=round_.id,
-        contributor=session.member.contributor,
-        base_digest=round_.base_digest,
-        candidate_digest=round_.candidate_digest,
-        n=scores.n,
-        base=scores.base,
-        candidate=scores.candidate,
-        gained=scores.gained,
-        lost=scores.lost,
-        probe_seed=round_.probe_seed,
-        created_at=session.clock.now(),
+    member = session.member
+    addressed = Addressed(
+        member.federation,
+        member.contributor,
+        round_.model,
+        round_.id,
+        round_.base_digest,
+        round_.base_number,
+    )
+    evaluation = papers.evaluation(
+        addressed, round_.candidate_digest, round_.probe_seed, scores, session.clock.now()
     )
     sent_log.record(
         session.home, "evaluation", evaluation.model_dump(mode="json"), session.clock.now()

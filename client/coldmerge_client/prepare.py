@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.documents import Manifest, Statistic, sign
 from coldmerge.core.errors import (
     ConflictError,
-    DataError,
     IntegrityError,
     PermissionDeniedError,
     TaskVectorError,
@@ -25,14 +22,14 @@ from coldmerge.core.extraction import Extraction, extract
 from coldmerge.core.names import is_private, split_key
 from coldmerge.core.progress import Counter, Progress, silent
 from coldmerge.core.statistics import FOLDER, Measured, Wanted
-from coldmerge.core.task_vector import TaskVector
-from coldmerge.core.validation import first_problem
 from coldmerge.rounds.policy import MergePolicy, parse_template
 from coldmerge.rounds.statistics import statistics_for, trim_density
 from coldmerge.wire.channel import MAX_DOCUMENT_IN_MESSAGE
 from coldmerge.wire.v1 import common_pb2
+from coldmerge_client import papers
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import PAYLOAD, Outbox, OutboxEntry
+from coldmerge_client.papers import Addressed
 from coldmerge_client.policy import SendPolicy
 from coldmerge_client.pull import Pulled, pull
 from coldmerge_client.session import Session
@@ -229,7 +226,12 @@ def asked_of(session: Session, base: Pulled) -> frozenset[Statistic]:
     return frozenset(kind for kind in asked if not policy.keeps(kind))
 
 
-def _wanted(tuned: Path, merge: MergePolicy) -> Wanted:
+def wanted(tuned: Path, merge: MergePolicy) -> Wanted:
+    """What a merge asks for beside deltas, measured in the folder of the fine-tune.
+
+    Raises:
+        NotFoundError: it was not measured.
+    """
     measured = statistics_for(merge) - {"trim"}
     found = Measured.open(tuned / FOLDER, measured) if measured else None
     return Wanted(trim_density(merge), found)
@@ -252,7 +254,7 @@ def _extract(
         base_digest=base.digest,
         private=(*base.private, *policy.private),
         encoding=policy.encoding,
-        statistics=_wanted(tuned, merge),
+        statistics=wanted(tuned, merge),
         progress=Counter("extract", elements, progress).add,
     )
 
@@ -265,37 +267,24 @@ def _manifest(
     facts: Facts,
     policy: SendPolicy,
 ) -> Manifest:
-    vector: TaskVector = found.task_vector
-    try:
-        return Manifest(
-            federation=session.member.federation,
-            model=base.model,
-            round=round_id,
-            contributor=session.member.contributor,
-            base_digest=base.digest,
-            base_number=base.number or 0,
-            nonce=secrets.token_hex(16),
-            created_at=session.clock.now(),
-            kind=vector.kind,
-            encoding=vector.encoding,
-            tensors=found.entries,
-            scaling=vector.scaling,
-            statistics=vector.statistics,
-            examples=facts.examples,
-            norm=found.norm,
-            metrics=dict(facts.metrics) if policy.metrics else {},
-            training=dict(facts.training) if policy.metrics else {},
-        )
-    except ValidationError as error:
-        problem = first_problem(error)
-        raise DataError(
-            "push.bad_numbers",
-            f"The facts about training cannot be sent: {problem.text}.",
-            expected="finite numbers under lower-case names, and at least one example",
-            got=f"{problem.key} = {problem.got}",
-            hint="Correct the trainer, or pass --examples; `metrics: false` in policy.yaml "
-            "leaves the metrics at home.",
-        ) from error
+    sent = facts if policy.metrics else Facts(facts.examples)
+    return papers.manifest(
+        addressed(session, base, round_id),
+        found,
+        examples=facts.examples,
+        metrics=sent.metrics,
+        training=sent.training,
+        nonce=secrets.token_hex(16),
+        now=session.clock.now(),
+    )
+
+
+def addressed(session: Session, base: Pulled, round_id: str) -> Addressed:
+    """That this machine speaks of a round on `base`."""
+    member = session.member
+    return Addressed(
+        member.federation, member.contributor, base.model, round_id, base.digest, base.number or 0
+    )
 
 
 def check_size(manifest: Manifest, policy: SendPolicy) -> None:

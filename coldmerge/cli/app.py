@@ -21,6 +21,7 @@ from coldmerge.cli import (
     releases,
     rounds,
     screening,
+    simulate,
     weights,
 )
 from coldmerge.cli.output import Format, fail, out
@@ -49,6 +50,7 @@ _GROUPS = (
     contributions,
     audit,
     demo,
+    simulate,
 )
 for group in _GROUPS:
     group.register(app)

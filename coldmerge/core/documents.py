@@ -235,6 +235,19 @@ class Manifest(Document):
         """Length of the payload stream: the tensors' bytes, end to end, in `tensors` order."""
         return sum(entry.nbytes for entry in self.tensors)
 
+    def content_key(self) -> str:
+        """What orders the inputs of a merge: sha256 of who contributed what, and of nothing else.
+
+        Federation, round, nonce and time are not in it: the same contributions are merged in
+        the same order, and so to the same bytes, wherever and whenever they are sent.
+        """
+        parts = {"contributor", "base_digest", "kind", "encoding", "scaling", "examples"}
+        body = self.model_dump(mode="json", include=parts)
+        body["tensors"] = [[e.name, e.dtype, list(e.shape), e.sha256] for e in self.tensors]
+        body["statistics"] = dict(self.statistics)
+        raw = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(raw.encode("ascii")).hexdigest()
+
 
 class Receipt(Document):
     """The coordinator's signed word that a contribution is durable and counted."""

@@ -132,14 +132,22 @@ def make_plan(options: Options, seed: int, folder: Path, tell: Callable[[str], N
     """
     if options.tiny:
         return _tiny(options, seed, folder)
-    model = _model(options.model)
+    model = options.model or minilm()
     if options.data is None:
         tell("Reading the documentation of installed libraries")
         names = _names(options, documentation.SEEN, documentation.UNSEEN)
         seen, unseen = (tuple(documentation.task(name, seed) for name in some) for some in names)
     else:
         seen, unseen = _given(options, options.data, seed)
-    training = {
+    training = text_training(model)
+    config = TrainConfig.parse({**training, "data": str(folder)})
+    bench = Bench(seen, unseen, text_features(config, folder / "features"), seed=seed)
+    return Plan("encoder", model, seen, unseen, training, bench)
+
+
+def text_training(model: Path) -> dict[str, Any]:
+    """How an encoder of sentences is fine-tuned in seconds: its top layers, on few texts."""
+    return {
         "trainer": "sequence-classification",
         "pooling": "mean",
         "epochs": 2,
@@ -153,9 +161,6 @@ def make_plan(options: Options, seed: int, folder: Path, tell: Callable[[str], N
         "checkpoint_minutes": None,
         "evaluate": {"after_training": False, "max_examples": 240},
     }
-    config = TrainConfig.parse({**training, "data": str(folder)})
-    bench = Bench(seen, unseen, text_features(config, folder / "features"), seed=seed)
-    return Plan("encoder", model, seen, unseen, training, bench)
 
 
 def _names(
@@ -207,9 +212,13 @@ def _some(there: Sequence[str], taken: Sequence[str] | None, *, first: bool) -> 
     return tuple(free[:MAX_TASKS])
 
 
-def _model(given: Path | None) -> Path:
-    if given is not None:
-        return given
+def minilm() -> Path:
+    """The folder of the installed all-MiniLM-L6-v2.
+
+    Raises:
+        ConfigError: it is not installed.
+        IntegrityError: it is another one.
+    """
     spec = importlib.util.find_spec(MINILM)
     if spec is None or spec.origin is None:
         raise ConfigError(

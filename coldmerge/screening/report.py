@@ -36,11 +36,11 @@ class Screened:
 class Inner:
     """Inner products of a merge's inputs, and of the merged vector in the last row and column.
 
-    `manifests` are the inputs', in order; `matrix` is float64 (N + 1, N + 1), over every
+    `keys` are the inputs' content keys, in order; `matrix` is float64 (N + 1, N + 1), over every
     `step`-th element.
     """
 
-    manifests: tuple[str, ...]
+    keys: tuple[str, ...]
     matrix: Floats64
     step: int
 

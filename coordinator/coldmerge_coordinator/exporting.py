@@ -67,16 +67,39 @@ def export(
     total = sum(tensor.nbytes for tensor in content.tensors)
     advance = Counter("export", total, progress).add
     with CheckpointWriter(out, max_shard_bytes) as writer:
-        writer.declare(content.tensors)
-        for tensor in content.tensors:
-            _copy_tensor(store.blobs, writer, tensor.name, tensor.sha256, advance)
-        files = {file.path: _checked(store.blobs, file) for file in content.files}
-        for path, data in files.items():
-            writer.write_file(path, data)
+        files = _write_content(store.blobs, writer, content, advance)
         key = _signing_key(store, release.signed)
         writer.write_file(RELEASE_FILE, render_release_file(release.signed, key, content))
         writer.write_file(CARD, _card(release, files.get("config.json")).encode())
     return Exported(release.record.number, content.digest, total)
+
+
+def lay_out(store: Store, digest: str, out: Path) -> Path:
+    """Write the model folder of a release or candidate by its content digest; no card, no record.
+
+    Raises:
+        NotFoundError: no such content.
+        ConflictError: `out` exists and is not empty.
+        IntegrityError: a blob is damaged.
+    """
+    with store.database.read() as session:
+        content = release_table.get_listing(session, digest)
+    with CheckpointWriter(out) as writer:
+        _write_content(store.blobs, writer, content, lambda _: None)
+    return out
+
+
+def _write_content(
+    blobs: BlobStore, writer: CheckpointWriter, content: Content, advance: Advance
+) -> dict[str, bytes]:
+    """All tensors and files, compared with their digests; the files' bytes."""
+    writer.declare(content.tensors)
+    for tensor in content.tensors:
+        _copy_tensor(blobs, writer, tensor.name, tensor.sha256, advance)
+    files = {file.path: _checked(blobs, file) for file in content.files}
+    for path, data in files.items():
+        writer.write_file(path, data)
+    return files
 
 
 def _signing_key(store: Store, record: Signed) -> str:

@@ -25,7 +25,7 @@ class _StandardError:
             sys.stderr.flush()
 
 
-def log_to_stderr() -> None:
+def log_to_stderr(level: int = logging.INFO) -> None:
     """Set logging up for this process: the coordinator, or its worker."""
     structlog.configure(
         processors=[
@@ -34,6 +34,6 @@ def log_to_stderr() -> None:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(sort_keys=True),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _StandardError())),
     )

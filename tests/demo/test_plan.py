@@ -6,7 +6,7 @@ import pytest
 
 from coldmerge.core.errors import ConfigError
 from coldmerge.demo.folders import Example, split
-from coldmerge.demo.plan import Options, _all_but_the_top, _model, _names, make_plan
+from coldmerge.demo.plan import Options, _all_but_the_top, _names, make_plan, minilm
 from coldmerge.demo.run import silent
 from coldmerge.demo.stage import round_policy
 from coldmerge.rounds.policy import parse_template
@@ -71,7 +71,7 @@ def test_data_that_is_not_there_is_named(
 
 
 def test_only_the_top_third_of_the_layers_is_trained() -> None:
-    patterns = _all_but_the_top(_model(None))
+    patterns = _all_but_the_top(minilm())
     assert patterns == [
         "embeddings.*",
         *(f"encoder.layer.{number}.*" for number in range(4)),

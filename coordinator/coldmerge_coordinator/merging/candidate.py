@@ -128,11 +128,12 @@ def _bounded(work: Work, vectors: Sequence[TaskVector], pool: Pool, beat: Beat) 
 
 
 def _job(blobs: BlobStore, work: Work, vectors: Sequence[Vector]) -> Job:
-    """The merge of the published tensors, in the order of the manifests' digests."""
+    """The merge of the published tensors, in the order of the manifests' content keys."""
     inputs = []
     for sealed, vector in zip(work.inputs, vectors, strict=True):
         weight = float(sealed.manifest.examples) if work.policy.weights == "examples" else 1.0
-        inputs.append(Input(sealed.manifest.digest(), vector, weight, sealed.manifest.contributor))
+        manifest = sealed.manifest
+        inputs.append(Input(manifest.content_key(), vector, weight, manifest.contributor))
     inputs.sort(key=lambda item: item.key)
     recipe = recipe_of(work.policy, [item.weight for item in inputs])
     entries = [work.base.by_name[name] for name in work.masters]

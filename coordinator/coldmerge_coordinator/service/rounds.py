@@ -6,11 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from coldmerge.core.documents import Evaluation, verify
-from coldmerge.core.errors import ManifestError
 from coldmerge.wire.convert import signed_from_proto
 from coldmerge.wire.v1 import common_pb2, rounds_pb2, rounds_pb2_grpc
 from coldmerge_coordinator.auth import Caller, caller
+from coldmerge_coordinator.service import evaluations
 from coldmerge_coordinator.service.backend import Backend
 from coldmerge_coordinator.service.messages import round_message
 from coldmerge_coordinator.store import releases, rounds
@@ -77,23 +76,7 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
 
     def _report(self, who: Caller, request: rounds_pb2.ReportEvaluationRequest) -> common_pb2.Round:
         signed = signed_from_proto(request.evaluation)
-        evaluation = verify(signed, Evaluation, who.identity)
         now, signer = self._backend.clock.now(), self._store.signer
         with self._store.database.write() as session:
-            row = rounds.get(session, evaluation.round, lock=True)
-            for what, expected, got in (
-                ("federation", self._store.federation, evaluation.federation),
-                ("contributor", who.contributor, evaluation.contributor),
-                ("model", row.model, evaluation.model),
-            ):
-                if expected != got:
-                    raise ManifestError(
-                        "evaluation.wrong_addressee",
-                        f"The evaluation names another {what}.",
-                        expected=expected,
-                        got=got,
-                        hint="Run `coldmerge evaluate` on the machine that reports.",
-                        round=row.id,
-                    )
-            rounds.record_evaluation(session, row, signed, now, signer, actor=who.actor)
+            row = evaluations.report(session, who, signed, now, signer)
             return round_message(session, row)

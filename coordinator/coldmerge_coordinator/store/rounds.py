@@ -158,8 +158,12 @@ def open_round(
     now: datetime,
     *,
     actor: str = COORDINATOR,
+    round_id: str | None = None,
+    probe_seed: int | None = None,
 ) -> Round:
     """Open a round on the model's latest release, with every parameter of its merge written down.
+
+    A simulation gives `round_id` and `probe_seed`; otherwise they are drawn.
 
     Raises:
         ConfigError: no such merge method or outer optimizer, or not with these parameters.
@@ -168,9 +172,9 @@ def open_round(
     """
     policy = resolved(policy)
     base = base_of_next(session, model)
-    opened = state.open_view(new_id("round"), model, policy, now)
+    opened = state.open_view(round_id or new_id("round"), model, policy, now)
     seen = screening.opening(session, base, policy.screening)
-    return insert(session, base, opened, actor, screening=seen)
+    return insert(session, base, opened, actor, probe_seed=probe_seed, screening=seen)
 
 
 def base_of_next(session: Session, model: str) -> Release:
@@ -197,7 +201,13 @@ def base_of_next(session: Session, model: str) -> Release:
 
 
 def insert(
-    session: Session, base: Release, view: RoundView, actor: str, **columns: object
+    session: Session,
+    base: Release,
+    view: RoundView,
+    actor: str,
+    *,
+    probe_seed: int | None = None,
+    **columns: object,
 ) -> Round:
     """A new round on `base`, flushed and logged; `columns` are what a view does not have."""
     row = Round(
@@ -209,7 +219,7 @@ def insert(
         base_number=base.number,
         base_digest=base.content_digest,
         policy=view.policy.to_json(),
-        probe_seed=secrets.randbelow(2**31),
+        probe_seed=secrets.randbelow(2**31) if probe_seed is None else probe_seed,
         trial=0,
         opened_at=view.opened_at,
         closes_at=view.closes_at,

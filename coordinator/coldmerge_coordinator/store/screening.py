@@ -113,7 +113,8 @@ def note_likeness(session: Session, row: Round, inner: Inner | None) -> None:
     """Keep the report of a merge of all the round's inputs; that of a trial is not kept."""
     if row.left_out or row.replay is not None:
         return
-    inputs = contributions.sealed(session, row)
+    inputs = contributions.sealed(session, row)  # and now in the order in which they were merged
+    inputs.sort(key=lambda item: contributions.get_manifest(item).content_key())
     factors = factors_of(session, inputs)
     screened = [
         Screened(item.manifest_digest, item.contributor, item.norm, factors[item.manifest_digest])
