@@ -128,6 +128,14 @@ class S3Server:
             },
         }
 
+    def init_options(self, prefix: str | None = None) -> list[str]:
+        """The same, as options of `coldmerge coordinator init`."""
+        found = ["--blobs", f"s3://{BUCKET}/{prefix or new_prefix()}"]
+        found += ["--s3-endpoint", self.endpoint, "--s3-allow-http"]
+        for name in ("access", "secret"):
+            found += [f"--s3-{name}-key-file", str(self.folder / name)]
+        return found
+
     def close(self) -> None:
         """End it and remove what it held."""
         if self.process is not None and self.process.poll() is None:

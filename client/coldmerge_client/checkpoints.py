@@ -15,6 +15,7 @@ from coldmerge.core.audit_log import check_key
 from coldmerge.core.documents import ReleaseRecord, Signed
 from coldmerge.core.errors import ConflictError, IntegrityError, NotFoundError
 from coldmerge.core.evidence import AuditCheckpoint
+from coldmerge.core.keys import Keyring
 from coldmerge.core.merkle import leaf_hash, verify_consistency, verify_inclusion
 from coldmerge.wire.convert import signed_from_proto
 from coldmerge_client.files import exclusive
@@ -24,6 +25,9 @@ OLDEST = timedelta(hours=1)
 """How long ago, by our clock, a checkpoint may have been issued."""
 SKEW = timedelta(minutes=5)
 """How far ahead of ours the coordinator's clock may be."""
+
+COPIED = timedelta(hours=1)
+"""How long a replica may sign with the old key after a rotation: until it is copied there."""
 
 _ASK = "Use nothing of it; tell the coordinator's admin and the other contributors."
 _CLOCK = (
@@ -38,7 +42,8 @@ def refresh(session: Session) -> AuditCheckpoint | None:
     None: this coordinator is older than the audit log, and always was to this home.
 
     Raises:
-        IntegrityError: rollback, fork, freeze, or a head of another federation.
+        IntegrityError: rollback, fork, freeze, a head of another federation, or one signed
+            with a key that was replaced.
         ManifestError: the signature is not the coordinator's.
     """
     with exclusive(session.home.lock("checkpoint"), "the audit log's checkpoint", wait=True):
@@ -50,6 +55,7 @@ def refresh(session: Session) -> AuditCheckpoint | None:
         signed = signed_from_proto(answer.checkpoint)
         found = checked(session, signed)
         _check_time(found, session.clock.now())
+        _check_in_use(found, session.home.keyring(session.member))
         if last is not None:
             _check_extends(last, found, list(answer.consistency))
         _keep(session, signed)
@@ -109,6 +115,21 @@ def _check_time(found: AuditCheckpoint, now: datetime) -> None:
             got=f"issued {found.issued_at.isoformat()}",
             hint=_CLOCK,
         )
+
+
+def _check_in_use(found: AuditCheckpoint, keys: Keyring) -> None:
+    """A key that was replaced signs no more checkpoints: whoever has it may have stolen it."""
+    replaced = keys.replaced_at(found.key)
+    if replaced is None or found.issued_at - replaced <= COPIED:
+        return
+    raise IntegrityError(
+        "checkpoint.retired_key",
+        "The checkpoint is signed with a key that was replaced before it was issued.",
+        expected=f"key {found.key + 1} or later, since {replaced.isoformat()}",
+        got=f"key {found.key}, issued {found.issued_at.isoformat()}",
+        hint="A replica may lack the new keys/signing.key: ask the admin to copy it there. If none "
+        "does, the old key was stolen: use nothing of it.",
+    )
 
 
 def _check_extends(last: AuditCheckpoint, found: AuditCheckpoint, proof: list[bytes]) -> None:

@@ -50,10 +50,28 @@ def init(
             "give its password in a file: …?passfile=/run/secrets/pgpass. Default: SQLite in DIR.",
         ),
     ] = None,
+    blobs: Annotated[
+        str | None,
+        typer.Option(help="Where tensors go: s3://bucket/prefix, or a path. Default: DIR/blobs."),
+    ] = None,
+    s3_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="The S3 server. Default: Amazon's.")
+    ] = None,
+    s3_region: Annotated[str | None, typer.Option(help="Its region. Default: us-east-1.")] = None,
+    s3_access_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File that holds the access key. Default: the AWS_* variables."),
+    ] = None,
+    s3_secret_key_file: Annotated[
+        Path | None, typer.Option(help="File that holds the secret key.")
+    ] = None,
+    s3_allow_http: Annotated[
+        bool, typer.Option("--s3-allow-http", help="Allow plain HTTP: on loopback only.")
+    ] = False,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Make keys, certificates, configuration and an empty database in DIR."""
-    from coldmerge_coordinator.config import SQLITE
+    from coldmerge_coordinator.config import BLOBS, SQLITE
     from coldmerge_coordinator.setup import init as make
 
     made = make(
@@ -63,6 +81,14 @@ def init(
         listen=f"{listen}:{port}",
         enrol_listen=f"{listen}:{enrol_port}",
         database_url=database or SQLITE,
+        blobs=blobs or BLOBS,
+        s3={
+            "endpoint": s3_endpoint,
+            "region": s3_region,
+            "access_key_file": s3_access_key_file and s3_access_key_file.resolve(),
+            "secret_key_file": s3_secret_key_file and s3_secret_key_file.resolve(),
+            "allow_http": s3_allow_http or None,
+        },
     )
     print_record(
         {

@@ -9,6 +9,7 @@ enrolled after a rotation can check what was signed before it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Annotated, TypeVar
 
 from cryptography.exceptions import InvalidSignature
@@ -68,6 +69,11 @@ class Keyring:
     def number_of(self, key: str) -> int | None:
         """The number of a believed key, 0 for the first; None: no statement has told it."""
         return self._numbers.get(key)
+
+    def replaced_at(self, number: int) -> datetime | None:
+        """When key `number` said that another takes its place; None: no statement is known."""
+        said = self._numbered.get(number + 1)
+        return None if said is None else KeyStatement.parse(said).created_at
 
     def _may_say(self, signer: str, said: KeyStatement) -> bool:
         """A key names its successor, and those before itself: one that was replaced, no later."""

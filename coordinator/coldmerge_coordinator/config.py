@@ -27,6 +27,7 @@ SQLITE = "sqlite:///coldmerge.db"
 Address = Annotated[str, Field(pattern=rf"^{ADDRESS}$")]
 Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,253}$")]
 
+BLOBS = "blobs"
 _BLOBS = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9._-]+)*/?|[^\s:]+)$"
 
 
@@ -106,7 +107,7 @@ class CoordinatorConfig(BaseModel):
     enrol_listen: Address = "127.0.0.1:7444"
     hosts: tuple[Host, ...] = Field(default=("localhost",), min_length=1)
     database_url: str = SQLITE
-    blobs: str = Field(default="blobs", pattern=_BLOBS)
+    blobs: str = Field(default=BLOBS, pattern=_BLOBS)
     s3: S3Config = S3Config()
     cache_bytes: int = Field(default=32 * 2**30, ge=0)
     min_protocol: int = Field(default=1, ge=1)

@@ -273,6 +273,8 @@ def _store_buffer(
 def _publish(
     store: Store, model: Model, content: Content, masters: dict[str, str], now: datetime
 ) -> None:
+    parts = {entry.sha256 for entry in content.tensors} | {file.sha256 for file in content.files}
+    seen = collection.look(store.database, store.blobs, sorted(parts.union(masters.values())))
     with store.database.write() as session:
         if session.get(Model, model.name) is not None:
             raise _exists(model.name)
@@ -282,7 +284,7 @@ def _publish(
         except IntegrityError as error:  # another has added it this instant
             raise _exists(model.name) from error
         digests = release_table.add_content(session, content, masters, now)
-        collection.confirm(session, store.blobs)
+        collection.confirm(session, store.blobs, seen)
         audit.append(
             session,
             "model.added",

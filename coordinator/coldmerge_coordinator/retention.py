@@ -36,6 +36,7 @@ from coldmerge_coordinator.store.models import (
 T = TypeVar("T")
 
 BATCH = 200
+_ATTEMPTS = 3
 KINDS = ("upload", "contribution", "payload", "segment", "candidate", "blob")
 _SHARDS = tuple(f"{number:02x}" for number in range(256))
 
@@ -244,14 +245,27 @@ def _orphans(store: Store, shard: str, now: datetime, dry_run: bool) -> Iterator
         found.sha256: found.size for found in store.blobs.listed(shard) if found.written < before
     }
     for batch in _batches(sorted(sizes)):
-        database = store.database
-        with database.read() if dry_run else database.write() as session:
-            if not dry_run:
-                collection.lock(session)
-            gone = collection.unnamed(session, batch)
-            if not dry_run:
-                store.blobs.remove(gone)
+        with store.database.read() as session:
+            gone = collection.unnamed(session, batch)  # mostly none: nothing is locked for them
+        if gone and not dry_run:
+            gone = _remove(store, gone)
         yield Collected("blob", len(gone), sum(sizes[sha256] for sha256 in gone))
+
+
+def _remove(store: Store, batch: Sequence[str]) -> list[str]:
+    """Delete those of the blobs that still have no row: which.
+
+    One request to S3 under the lock, on purpose. Whoever deleted without it, and was held up,
+    would delete what had been written and named since.
+    """
+    for _ in range(_ATTEMPTS):
+        fence = collection.announce(store.database)
+        with store.database.write() as session:
+            if collection.may_delete(session, fence):
+                gone = collection.unnamed(session, batch)
+                store.blobs.remove(gone)
+                return gone
+    return []  # other collections are at work: they, or the next one, remove them
 
 
 def _batches(items: Sequence[T]) -> Iterator[list[T]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from coldmerge.core.errors import ConfigError, ConflictError
 from coldmerge.core.files import fsync_path, make_folder
 from coldmerge.core.validation import first_problem
 from coldmerge_coordinator import identity
-from coldmerge_coordinator.config import SQLITE, CoordinatorConfig
+from coldmerge_coordinator.config import BLOBS, SQLITE, CoordinatorConfig, S3Config
 from coldmerge_coordinator.store import Store
+from coldmerge_coordinator.store.bucket import Bucket, split_url
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,21 @@ def init(
     listen: str = "127.0.0.1:7443",
     enrol_listen: str = "127.0.0.1:7444",
     database_url: str = SQLITE,
+    blobs: str = BLOBS,
+    s3: Mapping[str, object] | None = None,
     clock: Clock | None = None,
     **settings: object,
 ) -> Made:
     """Make a coordinator in `folder`, which must be new or empty.
 
-    `federation` defaults to the folder's name; `settings` are further keys of
-    `config.yaml`, which is written last: a folder
-    without it holds no coordinator.
+    `federation` defaults to the folder's name; `s3` are keys of `s3` (None: its default), and
+    `settings` further keys of `config.yaml`, which is written last: a folder without it holds
+    no coordinator.
 
     Raises:
-        ConflictError: the folder holds something.
-        ConfigError: a name or address is malformed.
+        ConflictError: the folder holds something, or the database or the bucket's prefix does.
+        ConfigError: a name or address is malformed, or the bucket lets us not in.
+        UnavailableError: the database or the S3 server does not answer.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConflictError(
@@ -65,8 +69,11 @@ def init(
         listen=listen,
         enrol_listen=enrol_listen,
         database_url=database_url,
+        blobs=blobs,
+        s3={key: value for key, value in (s3 or {}).items() if value is not None},
         **settings,
     )
+    _check_blobs(config)
     for part in ("", "keys", "offline", "ca"):
         make_folder(folder / part)
     folder.chmod(0o700)  # it may have been there, open to all
@@ -86,6 +93,31 @@ def _config(**values: object) -> CoordinatorConfig:
             got=problem.got,
             hint="See `coldmerge coordinator init --help`.",
         ) from error
+
+
+def _check_blobs(config: CoordinatorConfig) -> None:
+    """Nothing of another coordinator is where our tensors go: collections would remove it."""
+    if not config.blobs.startswith("s3://"):
+        if config.s3 != S3Config():
+            raise ConfigError(
+                "coordinator.no_bucket",
+                "An S3 server is given, and no bucket to keep tensors in.",
+                expected="blobs at s3://bucket/prefix",
+                got=config.blobs,
+                hint="Add `--blobs s3://bucket/prefix`, or leave the options of S3 out.",
+            )
+        return
+    bucket = Bucket(*split_url(config.blobs), config.s3)
+    bucket.check()
+    for folder in ("blobs", "contributions", "uploads"):
+        if next(iter(bucket.list(folder)), None) is not None:
+            raise ConflictError(
+                "coordinator.blobs_taken",
+                f"There are tensors or task vectors in {config.blobs} already.",
+                expected=f"nothing below {folder}/",
+                hint="Give each coordinator a prefix of its own; a replica is made as "
+                "docs/replicas.md says, and a backup is restored with `coordinator restore`.",
+            )
 
 
 def _name_of(folder: Path) -> str:

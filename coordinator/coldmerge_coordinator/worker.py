@@ -35,7 +35,8 @@ from coldmerge.rounds.state import MergeDone, MergeFailed, MergeStarted, State
 from coldmerge_coordinator import replica
 from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.merging.candidate import Candidate
-from coldmerge_coordinator.merging.works import merge_round
+from coldmerge_coordinator.merging.sources import Beat
+from coldmerge_coordinator.merging.works import blobs_of, merge_round
 from coldmerge_coordinator.store import (
     Store,
     collection,
@@ -129,7 +130,7 @@ class Worker:
             with _disk_errors():
                 heart = _Heart(self, round_id, held)
                 candidate = merge_round(self._store, round_id, heart.beat)
-                self._finish(round_id, held, candidate)
+                self._finish(round_id, held, candidate, heart.beat)
             logger.info("merge.done", candidate=candidate.content.digest, note=candidate.note)
         except _Interrupted as reason:
             logger.info("merge.interrupted", reason=str(reason))
@@ -150,7 +151,9 @@ class Worker:
             logger.exception("merge.failed", error=_sentence(error))
             self._fail(round_id, held, error)
 
-    def _finish(self, round_id: str, held: Held, candidate: Candidate) -> None:
+    def _finish(self, round_id: str, held: Held, candidate: Candidate, beat: Beat) -> None:
+        blobs = self._store.blobs
+        seen = collection.look(self._store.database, blobs, sorted(blobs_of(candidate)), beat)
         now = self._clock.now()
         with self._store.database.write() as session:
             leases.check(session, held)
@@ -158,7 +161,7 @@ class Worker:
             state = None
             if candidate.state is not None:
                 state = states.add_state(session, candidate.state, candidate.content, now)
-            collection.confirm(session, self._store.blobs)
+            collection.confirm(session, blobs, seen)
             row = rounds.get(session, round_id, lock=True)
             screening.note_likeness(session, row, candidate.inner)
             done = MergeDone(*digests, candidate_state=state, note=candidate.note)

@@ -25,10 +25,12 @@ from coldmerge_client import checkpoints, enrol
 from coldmerge_client.home import Home
 from coldmerge_client.pull import pull
 from coldmerge_client.session import Session
+from coldmerge_coordinator.rotation import rotate_signing
 from coldmerge_coordinator.store import releases
 from coldmerge_coordinator.store.models import AuditNode, Release
 from tests.backends import copy_coordinator, on_postgresql
 from tests.harness import MODEL, Live, coordinator
+from tests.support import FixedClock
 
 
 @pytest.fixture
@@ -127,6 +129,30 @@ def test_a_copy_of_yesterday_is_refused(
     events(live)
     with visit(home, live) as session:
         pull(session, MODEL)
+
+
+@pytest.mark.parametrize(("ago", "believed"), [(120, False), (10, True)], ids=["thief", "replica"])
+def test_a_replaced_key_signs_no_more_checkpoints(
+    live: Live, join: Callable[[str], Home], tmp_path: Path, ago: int, believed: bool
+) -> None:
+    """With the old key, and all that the coordinator has: only the date is against it."""
+    home, away = join("a"), join("b")
+    assert refresh(home, live).key == 0
+    old_key = (live.folder / "keys" / "signing.key").read_bytes()
+    rotate_signing(live.folder, FixedClock(live.clock.now() - timedelta(minutes=ago)))
+    events(live)
+    assert refresh(home, live).key == 1
+    copied = copy_of(live, tmp_path / "copied")
+    (copied / "keys" / "signing.key").write_bytes(old_key)
+    with served(copied) as other:
+        events(other)
+        if believed:
+            assert refresh(home, other).key == 0
+        else:
+            assert refused(home, other, checkpoints.refresh).code == "checkpoint.retired_key"
+            assert refused(home, other, pull_latest).code == "checkpoint.retired_key"
+            assert refresh(away, other).key == 0, "who never saw the new key cannot know"
+            assert refresh(home, live).key == 1
 
 
 def test_two_histories_are_found_out_by_whoever_sees_both(

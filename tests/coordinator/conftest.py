@@ -163,9 +163,10 @@ class Bench:
         }
 
 
-def make_store(folder: Path) -> Store:
+def make_store(folder: Path, **settings: object) -> Store:
     """A coordinator's folder with a signing key and nothing else."""
-    store = Store.create(folder, CoordinatorConfig(federation="test", **coordinator_config()))
+    values = {"federation": "test", **coordinator_config(), **settings}
+    store = Store.create(folder, CoordinatorConfig.model_validate(values))
     store.keys.mkdir(mode=0o700)
     key = store.keys / "signing.key"
     key.touch(mode=0o600)

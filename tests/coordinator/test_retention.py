@@ -5,26 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from coldmerge.core.digests import Content
+from coldmerge.core.errors import UnavailableError
 from coldmerge.rounds.state import Abandon
 from coldmerge_coordinator import retention
 from coldmerge_coordinator.config import Retention
 from coldmerge_coordinator.driver import COLLECT_EVERY, Driver
 from coldmerge_coordinator.retention import Collected, collect, summary
 from coldmerge_coordinator.service.uploads import upload_id
-from coldmerge_coordinator.store import contributions, releases, rounds
+from coldmerge_coordinator.store import collection, contributions, releases, rounds
+from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Blob, Contribution, Upload
 from coldmerge_coordinator.worker import Worker, run_once
 
 if TYPE_CHECKING:
     from coldmerge_coordinator.merging.candidate import Candidate
+    from coldmerge_coordinator.merging.sources import Beat
     from coldmerge_coordinator.store.leases import Held
     from tests.coordinator.conftest import Bench
 
@@ -148,10 +154,10 @@ class Raced(Worker):
 
     raced = 0
 
-    def _finish(self, round_id: str, held: Held, candidate: Candidate) -> None:
+    def _finish(self, round_id: str, held: Held, candidate: Candidate, beat: Beat) -> None:
         if not self.raced:
             self.raced = summary(self._store, datetime.now(UTC) + LONG)["blobs"]
-        super()._finish(round_id, held, candidate)
+        super()._finish(round_id, held, candidate, beat)
 
 
 def test_a_merge_whose_blobs_were_collected_is_done_again(bench: Bench) -> None:
@@ -164,6 +170,127 @@ def test_a_merge_whose_blobs_were_collected_is_done_again(bench: Bench) -> None:
     assert worker.run_once()
     assert bench.release().number == 1
     all_of(bench)
+
+
+class Asked(BlobStore):
+    """Says in which write transactions it was asked, or told to delete, and does it."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench.store.blobs.folder)
+        self.within: list[str] = []
+        self._writing = False
+        self._database = bench.store.database
+        self._write = self._database.write
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        with self._write() as session:
+            self._writing = True
+            try:
+                yield session
+            finally:
+                self._writing = False
+
+    def stored(self, sha256s: Sequence[str]) -> dict[str, int]:
+        if self._writing and sha256s:
+            self.within.append("stored")
+        return super().stored(sha256s)
+
+    def remove(self, sha256s: Sequence[str]) -> None:
+        assert self._writing, "only under the lock"
+        self.within.append("remove")
+        super().remove(sha256s)
+
+
+@pytest.fixture
+def asked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    found = Asked(bench)
+    monkeypatch.setattr(bench.store, "blobs", found)
+    monkeypatch.setattr(bench.store.database, "write", found.write)
+    return found
+
+
+def test_a_quiet_merge_asks_for_its_blobs_outside_of_the_transaction(
+    bench: Bench, asked: Asked
+) -> None:
+    play(bench, 1)
+    assert summary(bench.store, bench.clock.now() + LONG)["blobs"] == 0
+    assert asked.within == []
+    assert bench.release().number == 1
+
+
+def announced_at(bench: Bench, asked: Asked, when: str) -> int:
+    """A collection that says it begins before, or right after, a merge has looked."""
+    fence = 0
+    look = asked.stored
+
+    def stored(sha256s: Sequence[str]) -> dict[str, int]:
+        nonlocal fence
+        found = look(sha256s)
+        if when == "after" and not fence:
+            fence = collection.announce(bench.store.database)
+        return found
+
+    asked.stored = stored  # type: ignore[method-assign]
+    if when == "before":
+        fence = collection.announce(bench.store.database)
+    play(bench, 1)
+    return fence
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_merge_beside_a_collection_asks_again_under_the_lock(
+    bench: Bench, asked: Asked, when: str
+) -> None:
+    fence = announced_at(bench, asked, when)
+    assert asked.within == ["stored"]
+    with bench.store.database.write() as session:
+        assert collection.may_delete(session, fence)
+        assert collection.unnamed(session, sorted(stored(bench))) == []
+    asked.within.clear()
+    play(bench, 2)
+    assert asked.within == [], "the collection has ended"
+
+
+def test_a_collection_deletes_only_while_nobody_else_was_announced(bench: Bench) -> None:
+    first = collection.announce(bench.store.database)
+    second = collection.announce(bench.store.database)
+    assert second == first + 1
+    with bench.store.database.write() as session:
+        assert not collection.may_delete(session, first)
+        assert collection.may_delete(session, second)
+    sha256, _ = bench.store.blobs.put(b"left behind")
+    assert summary(bench.store, datetime.now(UTC) + LONG)["blobs"] == 1
+    assert not bench.store.blobs.stored([sha256])
+
+
+def test_a_collection_that_dies_while_it_deletes_lets_nobody_name_what_is_gone(
+    bench: Bench, asked: Asked
+) -> None:
+    """Its deletions are done, its transaction is not: the next one must not trust its look."""
+    sha256, nbytes = bench.store.blobs.put(b"written by a merge")
+    fence = collection.announce(bench.store.database)
+
+    def die() -> None:
+        with bench.store.database.write() as session:
+            assert collection.may_delete(session, fence)
+            asked.remove([sha256])
+            raise ZeroDivisionError
+
+    def name() -> None:
+        with bench.store.database.write() as session:
+            releases.register(session, {sha256: nbytes}, public=False, now=bench.clock.now())
+            collection.confirm(session, asked, seen)
+
+    with pytest.raises(ZeroDivisionError):
+        die()
+    asked.put(b"written by a merge")
+    seen = collection.look(bench.store.database, asked, [sha256])
+    with bench.store.database.write():
+        asked.remove([sha256])  # what the dead one had sent arrives late
+    with pytest.raises(UnavailableError) as caught:
+        name()
+    assert caught.value.code == "blob.collected"
 
 
 def test_an_upload_that_does_not_move_expires(bench: Bench) -> None:

@@ -128,12 +128,13 @@ def merge_round(store: Store, round_id: str, beat: Beat) -> Candidate:
     """
     with store.database.read(patient=True) as session:
         job = job_of(store, session, rounds.get(session, round_id), beat)
+    blobs = store.blobs.watched(beat)
     if not job.again:
-        return build(store.blobs, job.works[0], beat)
-    with merged(store.blobs, job, store.folder, beat) as (candidate, overlay):
+        return build(blobs, job.works[0], beat)
+    with merged(blobs, job, store.folder, beat) as (candidate, overlay):
         for sha256 in sorted(blobs_of(candidate)):
             if overlay.path(sha256).exists():
-                _copy(overlay, store.blobs, sha256, beat)
+                _copy(overlay, blobs, sha256, beat)
     return candidate
 
 

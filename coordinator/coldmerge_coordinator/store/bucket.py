@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ PART_BYTES = 8 * 2**20
 MAX_PARTS = 9000
 PARTS_AT_ONCE = 4
 HEADS_AT_ONCE = 16
+BEAT_SECONDS = 2.0
 _CODE = re.compile(r"<Code>([A-Za-z]{1,64})</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
 _FULL = frozenset({"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"})
@@ -74,16 +76,23 @@ class Bucket:
             self._store.put(key, data, use_multipart=False)
         self._confirm(key, len(data))
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, path: Path, beat: Callable[[], None] | None = None) -> None:
         """Store a file of any size, in parts if it is large. Memory: a few parts.
+
+        `beat` is called every few seconds meanwhile; what it raises is raised when the transfer
+        at hand has ended.
 
         Raises:
             ColdmergeError: the server did not acknowledge it.
         """
         size = path.stat().st_size
         part = max(PART_BYTES, -(-size // MAX_PARTS))
-        with _translated(key):
-            self._store.put(key, path, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
+        with ThreadPoolExecutor(1) as thread, _translated(key):
+            put = partial(self._store.put, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
+            sent = thread.submit(put, key, path)
+            while beat is not None and wait([sent], BEAT_SECONDS).not_done:
+                beat()
+            sent.result()
         self._confirm(key, size)
 
     def _confirm(self, key: str, size: int) -> None:

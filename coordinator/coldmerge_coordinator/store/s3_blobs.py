@@ -7,9 +7,10 @@ ago goes first when it is full.
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from coldmerge_coordinator.store.blobs import (
     Readable,
     StoredBlob,
     missing,
+    silent,
 )
 from coldmerge_coordinator.store.bucket import Bucket
 from coldmerge_coordinator.store.cache import Cache
@@ -38,10 +40,17 @@ class S3Blobs(BlobStore):
         super().__init__(cache.folder)
         self._bucket, self._cache = bucket, cache
         self._fetching = tuple(threading.Lock() for _ in range(_SHARDS))
+        self._beat: Callable[[], None] = silent
+
+    def watched(self, beat: Callable[[], None]) -> S3Blobs:
+        """The same blobs; `beat` is called with each MiB that comes, and while bytes go."""
+        found = copy.copy(self)
+        found._beat = beat
+        return found
 
     def writer(self) -> BlobWriter:
         """A new blob: write its bytes, then commit."""
-        return _S3Writer(self.folder, self._synced, self._bucket, self._cache)
+        return _S3Writer(self.folder, self._synced, self._bucket, self._cache, self._beat)
 
     def path(self, sha256: str) -> Path:
         """A local copy of a blob, fetched if need be; where it would be if there is no such blob.
@@ -91,6 +100,7 @@ class S3Blobs(BlobStore):
             try:
                 for data in self._bucket.chunks(_key(sha256)):
                     writer.write(data)
+                    self._beat()
             except NotFoundError as error:
                 raise missing(sha256) from error
             if writer.sha256 != sha256:
@@ -122,16 +132,23 @@ class S3Blobs(BlobStore):
 
 
 class _S3Writer(BlobWriter):
-    def __init__(self, folder: Path, synced: set[str], bucket: Bucket, cache: Cache) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        synced: set[str],
+        bucket: Bucket,
+        cache: Cache,
+        beat: Callable[[], None],
+    ) -> None:
         super().__init__(folder, synced)
-        self._bucket, self._cache = bucket, cache
+        self._bucket, self._cache, self._beat = bucket, cache, beat
 
     def _place(self, final: Path) -> None:
         key = _key(final.name)
         found = self._bucket.find(key)
         # An object that is old may be collected at any moment: put again, it is new.
         if found is None or found.size != self.nbytes or _old(found.written):
-            self._bucket.put_file(key, self._temporary)
+            self._bucket.put_file(key, self._temporary, self._beat)
         super()._place(final)
         self._cache.added(self.nbytes)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,14 @@ from coldmerge.core.errors import (
     UnavailableError,
 )
 from coldmerge_coordinator.config import CoordinatorConfig
-from coldmerge_coordinator.store import Store
-from coldmerge_coordinator.store.bucket import our_error
+from coldmerge_coordinator.store import Store, bucket
+from coldmerge_coordinator.store.bucket import Bucket, our_error
 from coldmerge_coordinator.store.s3_blobs import READ_AHEAD, RemoteBlob
+from coldmerge_coordinator.worker import TERM, Worker
 from tests import s3
+from tests.coordinator.conftest import Bench, make_store
 from tests.s3 import S3Server
+from tests.support import FixedClock
 
 DATA = b"abcdefgh" * 1000
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -100,6 +105,66 @@ def test_the_cache_keeps_to_its_limit(open_store: Callable[..., Store]) -> None:
     kept = list((a.folder / "cache").glob("??/*"))
     assert 1 <= len(kept) <= 4
     assert all(a.blobs.read(name, 0, 30_000) == bytes([n]) * 30_000 for n, name in enumerate(names))
+
+
+def test_a_transfer_beats_and_may_be_ended(
+    open_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "BEAT_SECONDS", 0.001)
+    store, other = open_store("a"), open_store("b")
+    heard: list[str] = []
+    data = np.random.default_rng(3).bytes(20 * 2**20)
+    with store.blobs.watched(lambda: heard.append("put")).writer() as writer:
+        writer.write(data)
+        sha256, _ = writer.commit()
+    assert "put" in heard
+    heard.clear()
+
+    def enough() -> None:
+        heard.append("fetched")
+        if len(heard) == 3:
+            raise UnavailableError("test.enough", "Enough.", hint="None.")
+
+    with pytest.raises(UnavailableError) as caught:
+        other.blobs.watched(enough).open(sha256)
+    assert caught.value.code == "test.enough"
+    assert len(heard) == 3
+    assert not list((other.blobs.folder / "incoming").iterdir())
+    heard.clear()
+    with other.blobs.watched(lambda: heard.append("fetched")).open(sha256) as file:
+        assert bytes(file.read(0, len(data))) == data
+    assert len(heard) >= 10
+    heard.clear()
+    other.blobs.open(sha256).close()
+    assert heard == [], "others of the same blobs are not watched"
+
+
+def test_a_slow_fetch_keeps_the_lease_of_its_merge(
+    prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "a", **s3.server().config(prefix))
+    bench = Bench(store, FixedClock(), tmp_path)
+    bench.add_model({"w": np.zeros(4 * 2**20, np.float32)})  # 16 MiB
+    round_id = bench.open_round()
+    bench.contribute(round_id, "org", {"w": np.full(4 * 2**20, 0.5, np.float32)})
+    shutil.rmtree(bench.store.blobs.folder)
+    (bench.store.blobs.folder / "incoming").mkdir(parents=True)
+    (bench.store.blobs.folder / "payloads").mkdir()
+    chunks, tried = Bucket.chunks, []
+
+    def slowly(self: Bucket, key: str) -> Iterator[bytes]:
+        for data in chunks(self, key):
+            bench.clock.advance(timedelta(seconds=10))
+            if key.startswith("blobs/"):
+                tried.append(Worker(bench.store, bench.clock, holder="idle")._take(round_id))
+            yield data
+
+    monkeypatch.setattr(Bucket, "chunks", slowly)
+    assert Worker(bench.store, bench.clock, holder="slow").run_once()
+    assert len(tried) * timedelta(seconds=10) > 3 * TERM
+    assert set(tried) == {None}
+    assert bench.round(round_id).state == "PUBLISHED"
+    store.close()
 
 
 def test_an_unknown_blob(open_store: Callable[..., Store]) -> None:
