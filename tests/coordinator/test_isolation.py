@@ -12,9 +12,13 @@ from sqlalchemy import select
 
 from coldmerge.core.documents import ReleaseRecord, sign
 from coldmerge.rounds.state import Abandon, State
+from coldmerge_coordinator.audit.checkpoints import current
+from coldmerge_coordinator.audit.export import check_stored
+from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.service.messages import round_message
 from coldmerge_coordinator.store import contributions, releases, rounds
 from coldmerge_coordinator.store.models import Notice
+from coldmerge_coordinator.verifying import verify_release
 from coldmerge_coordinator.worker import run_once
 from tests.support import evaluation
 
@@ -29,11 +33,11 @@ def random(seed: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).normal(0, 1e-2, (20, 30)).astype(np.float32)
 
 
-def a_round(bench: Bench, **gate: object) -> str:
+def a_round(bench: Bench, merge: dict[str, object] | None = None, **gate: object) -> str:
     """Six contributions, merged."""
     bench.add_model({"body.weight": random(0)})
     rules = {"min_evaluators": 6, "max_vetoes": 0, "on_reject": "isolate", **gate}
-    round_id = bench.open_round(min_contributions=6, gate=rules, webhook=HOOK)
+    round_id = bench.open_round(min_contributions=6, gate=rules, webhook=HOOK, merge=merge or {})
     for number, name in enumerate(NAMES, 1):
         bench.contribute(round_id, name, {"body.weight": random(number)})
     assert run_once(bench.store, bench.clock)
@@ -152,3 +156,50 @@ def test_singles_need_the_consent_of_their_contributors(bench: Bench) -> None:
             item.manifest = agreed.canonical()
     judge_until_it_ends(bench, round_id, "d")
     assert left_out(bench, round_id) == {"d"}
+
+
+def verified(bench: Bench, number: int) -> tuple[str, int, list[str]]:
+    found = verify_release(bench.store, "m", number, bench.folder)
+    return found.answer, found.merged, found.problems
+
+
+@pytest.mark.parametrize("optimizer", [{"method": "none"}, {"method": "nesterov"}], ids=str)
+def test_an_isolated_release_verifies_exactly_and_so_does_its_re_merge(
+    bench: Bench, optimizer: dict[str, str]
+) -> None:
+    """What a trial left out is in no merge done again: not by verify, not by a re-merge."""
+    round_id = a_round(bench, merge={"outer": optimizer})
+    judge_until_it_ends(bench, round_id, "c")
+    out = left_out(bench, round_id)
+    assert verified(bench, 1) == ("exact", 4, [])
+    later = bench.open_round(min_contributions=2)
+    for number, name in enumerate("xy", 40):
+        bench.contribute(later, name, {"body.weight": random(number)})
+    assert run_once(bench.store, bench.clock)
+    assert verified(bench, 2) == ("exact", 2, [])
+    gone = min(set(NAMES) - out)
+    again = admin.remerge(bench.store, "m", [gone], "left", bench.clock.now()).id
+    assert run_once(bench.store, bench.clock)
+    assert bench.round(again).state == State.PUBLISHED
+    assert verified(bench, 3) == ("exact", 5, [])
+    assert "remerged" in ReleaseRecord.parse(bench.release().record).flags
+    for number in (0, 1, 2):
+        assert verified(bench, number)[0] == "exact"
+    head = current(bench.store, bench.clock.now())
+    checked = check_stored(bench.store, head)
+    assert checked.releases["m"].number == 3
+    assert checked.unsigned == 0
+
+
+def test_a_record_that_counts_who_was_left_out_is_different(bench: Bench) -> None:
+    round_id = a_round(bench)
+    judge_until_it_ends(bench, round_id, "c")
+    with bench.store.database.write() as session:
+        row = releases.get_release(session, "m", 1)
+        sealed = tuple(sorted(bench.round(round_id).sealed_inputs or ()))
+        forged = releases.get_record(row).model_copy(update={"contributions": sealed})
+        signed = bench.store.signer.sign(forged)
+        row.record, row.signature = signed.document, signed.signature
+    answer, _, problems = verified(bench, 1)
+    assert answer == "different"
+    assert "the round froze other inputs than the record names" in problems
