@@ -125,9 +125,8 @@ def coordinator_config() -> dict[str, Any]:
 
 
 def init_options() -> list[str]:
-    """The same, as options of `coldmerge coordinator init`."""
-    found = ["--database", chosen.database_url()] if on_postgresql() else []
-    return [*found, *(s3.server().init_options() if in_s3() else [])]
+    """The database, as options of `coldmerge coordinator init`; blobs stay on disk there."""
+    return ["--database", chosen.database_url()] if on_postgresql() else []
 
 
 def copy_coordinator(folder: Path, target: Path) -> None:
