@@ -25,7 +25,7 @@ EVERY_SECONDS = 0.2
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds that are left; what came of it stands in the run's folder."""
     said = context.run_config
-    if "run" not in said:
+    if not said.get("run"):
         raise ConfigError(
             "simulation.no_folder",
             "The run configuration names no run folder.",

@@ -12,30 +12,12 @@ from coldmerge_coordinator.store import Store, contributions
 from coldmerge_coordinator.store.models import Contribution
 from coldmerge_simulation import SimulationConfig, simulate
 from coldmerge_simulation.run import Simulation
-
-
-def settings(**changes: Any) -> dict[str, Any]:
-    """Four contributors, two tasks, two quick rounds without a gate."""
-    values: dict[str, Any] = {
-        "name": "tiny",
-        "seed": 3,
-        "rounds": 2,
-        "contributors": 4,
-        "data": {"source": "digits", "tasks": ["digits-234", "digits-456"], "unseen": []},
-        "train": {"epochs": 1},
-        "round": {"min_contributions": 2, "gate": None},
-        "evaluate": {"every": 0},
-    }
-    return {**values, **changes}
+from tests.simulation.settings import digests, settings
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Simulation:
     return simulate(settings(evaluate={"every": 1}), out=tmp_path_factory.mktemp("runs") / "a")
-
-
-def digests(found: Simulation) -> list[str]:
-    return [row["digest"] for row in found.values["releases"]]
 
 
 def test_rounds_publish_releases_of_everybody(done: Simulation) -> None:
