@@ -125,8 +125,9 @@ def coordinator_config() -> dict[str, Any]:
 
 
 def init_options() -> list[str]:
-    """The database, as options of `coldmerge coordinator init`; blobs stay on disk there."""
-    return ["--database", chosen.database_url()] if on_postgresql() else []
+    """The same, as options of `coldmerge coordinator init`."""
+    found = ["--database", chosen.database_url()] if on_postgresql() else []
+    return [*found, *(s3.server().init_options() if in_s3() else [])]
 
 
 def copy_coordinator(folder: Path, target: Path) -> None:
