@@ -108,6 +108,13 @@ class Merger(BaseModel, ABC):
             ConfigError: it cannot.
         """
 
+    def check_size(self, elements: int, count: int) -> None:
+        """Check that the method can merge `count` inputs of so many elements: most always can.
+
+        Raises:
+            ConfigError: it would need more memory than it may take.
+        """
+
     def measure(self, view: View) -> Any:
         """The first pass: facts about the inputs that `merge` needs before the first block."""
         return None

@@ -3,6 +3,8 @@
 A merged task vector τ is read as the gradient g = −τ of a step that goes against it. What an
 optimizer remembers from round to round are its slots, each an array like the weights. All
 arithmetic is float64; whoever stores the results rounds them once to float32.
+
+A package of a user's own registers an `Outer` by the entry point group `coldmerge.outers`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coldmerge.core.dtypes import Floats32, Floats64
 from coldmerge.core.errors import ConfigError
+from coldmerge.core.plugins import BrokenPluginError, plugin, plugin_names
 from coldmerge.core.validation import first_problem
+
+GROUP = "coldmerge.outers"
 
 Slots = Mapping[str, Floats32]
 
@@ -28,6 +33,16 @@ class Outer(BaseModel, ABC):
 
     name: ClassVar[str]
     slots: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def remembers(self) -> tuple[str, ...]:
+        """The slots of this one, where they depend on its parameters."""
+        return self.slots
+
+    @property
+    def state_name(self) -> str:
+        """Whose slots these are: another optimizer has no use for them."""
+        return self.name
 
     def fresh(self, slot: str, theta: Floats32) -> Floats32:
         """What the slot holds before the first step: zeros, shape (n,)."""
@@ -165,7 +180,7 @@ _ALL: dict[str, type[Outer]] = {kind.name: kind for kind in (Plain, Momentum, Ne
 
 def outer_names() -> list[str]:
     """Every outer optimizer there is, sorted."""
-    return sorted(_ALL)
+    return sorted({*_ALL, *plugin_names(GROUP)})
 
 
 def outer(name: str, parameters: Mapping[str, Any]) -> Outer:
@@ -174,7 +189,7 @@ def outer(name: str, parameters: Mapping[str, Any]) -> Outer:
     Raises:
         ConfigError: there is none, or a parameter is unknown or out of range.
     """
-    kind = _ALL.get(name)
+    kind = _ALL.get(name) or _plugin(name)
     if kind is None:
         raise ConfigError(
             "outer.unknown_method",
@@ -196,3 +211,20 @@ def outer(name: str, parameters: Mapping[str, Any]) -> Outer:
             hint="docs/rounds.md lists them with their ranges and defaults.",
             parameter=problem.key,
         ) from error
+
+
+def _plugin(name: str) -> type[Outer] | None:
+    def fault(item: Any) -> str:
+        return "" if issubclass(item, Outer) and item.name == name else "not an Outer of that name"
+
+    try:
+        found: type[Outer] | None = plugin(GROUP, name, fault)
+    except BrokenPluginError as error:
+        raise ConfigError(
+            "outer.broken_plugin",
+            f"The outer optimizer {name} of another package cannot be used.",
+            expected=f"a subclass of coldmerge.merging.outer.Outer at {error.target}",
+            got=error.got,
+            hint="Ask the package's author, or uninstall it.",
+        ) from error
+    return found

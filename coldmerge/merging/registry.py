@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-import sys
 from difflib import get_close_matches
-from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from coldmerge.core.errors import ConfigError
+from coldmerge.core.plugins import BrokenPluginError, plugin, plugin_names
 from coldmerge.merging import methods
 from coldmerge.merging.merger import Merger
 
@@ -65,17 +63,7 @@ def merger(name: str, **parameters: Any) -> Merger:
 
 def method_names() -> list[str]:
     """Every merge method there is, sorted."""
-    return sorted({*_ours(), *(entry.name for entry in _points())})
-
-
-def _points() -> tuple[EntryPoint, ...]:
-    return _points_on(tuple(sys.path))
-
-
-@cache
-def _points_on(_path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Looking for them opens a file of every installed package: once for each search path."""
-    return tuple(entry_points(group=GROUP))
+    return sorted({*_ours(), *plugin_names(GROUP)})
 
 
 def _modules() -> dict[str, str]:
@@ -106,25 +94,18 @@ def _mergers_in(module: str) -> dict[str, type[Merger]]:
 
 
 def _plugins(name: str) -> dict[str, type[Merger]]:
-    found = {}
-    for entry in (point for point in _points() if point.name == name):
-        try:
-            loaded = entry.load()
-            sound = issubclass(loaded, Merger) and loaded.name == name
-            sound = sound and not inspect.isabstract(loaded)
-        except Exception as error:
-            raise _broken(name, entry.value, f"{type(error).__name__}: {error}") from error
-        if not sound:
-            raise _broken(name, entry.value, "not a Merger of that name")
-        found[name] = loaded
-    return found
+    def fault(item: Any) -> str:
+        sound = issubclass(item, Merger) and item.name == name and not inspect.isabstract(item)
+        return "" if sound else "not a Merger of that name"
 
-
-def _broken(name: str, target: str, got: str) -> ConfigError:
-    return ConfigError(
-        "merge.broken_plugin",
-        f"The merge method {name} of another package cannot be used.",
-        expected=f"a subclass of coldmerge.merging.Merger at {target}",
-        got=got,
-        hint="Ask the package's author, or uninstall it.",
-    )
+    try:
+        found = plugin(GROUP, name, fault)
+    except BrokenPluginError as error:
+        raise ConfigError(
+            "merge.broken_plugin",
+            f"The merge method {name} of another package cannot be used.",
+            expected=f"a subclass of coldmerge.merging.Merger at {error.target}",
+            got=error.got,
+            hint="Ask the package's author, or uninstall it.",
+        ) from error
+    return {} if found is None else {name: found}

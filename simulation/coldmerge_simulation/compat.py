@@ -191,6 +191,33 @@ def quiet(level: int = logging.WARNING) -> None:
     logging.getLogger("flwr").setLevel(level)
 
 
+class _Muted(logging.Filter):
+    """Drops what a thread logs while it is muted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = threading.local()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        del record
+        return not getattr(self.inside, "muted", False)
+
+
+_muted = _Muted()
+logging.getLogger("flwr").addFilter(_muted)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Flower logs nothing from this thread: what went wrong is said by an error of ours."""
+    before = getattr(_muted.inside, "muted", False)
+    _muted.inside.muted = True
+    try:
+        yield
+    finally:
+        _muted.inside.muted = before
+
+
 __all__ = [
     "BELOW",
     "LOWEST",
@@ -225,6 +252,7 @@ __all__ = [
     "identity",
     "make_message",
     "message",
+    "muted",
     "quiet",
     "set_message_id",
     "strategy",

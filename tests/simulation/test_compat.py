@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import subprocess
 import sys
@@ -145,6 +146,14 @@ def test_a_strategy_runs_without_a_grid() -> None:
     arrays, metrics = compat.FedAvg().aggregate_train(1, sent)
     np.testing.assert_array_equal(arrays["w"].numpy(), np.full(3, 3.0, np.float32))
     assert dict(metrics) == {}
+
+
+def test_a_muted_thread_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("flwr")
+    with compat.muted():
+        logger.warning("within")
+    logger.warning("after")
+    assert [record.message for record in caplog.records] == ["after"]
 
 
 def test_every_strategy_we_name_is_there() -> None:

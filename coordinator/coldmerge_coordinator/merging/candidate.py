@@ -177,6 +177,6 @@ def _merge(
 def _needed(moving: Sequence[TensorEntry], optimizer: Outer) -> int:
     needed = 0
     for entry in moving:
-        needed += nbytes("F32", entry.shape) * (1 + len(optimizer.slots))
+        needed += nbytes("F32", entry.shape) * (1 + len(optimizer.remembers))
         needed += 0 if entry.dtype == "F32" else entry.nbytes
     return needed

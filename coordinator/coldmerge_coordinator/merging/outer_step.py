@@ -39,16 +39,16 @@ class OuterStep:
 
     def __init__(self, blobs: BlobStore, optimizer: Outer, state: OuterState | None) -> None:
         self.blobs, self.optimizer = blobs, optimizer
-        self.before = OuterState(optimizer.name)
+        self.before = OuterState(optimizer.state_name)
         self.note: str | None = None
-        if state is not None and state.method == optimizer.name:
+        if state is not None and state.method == optimizer.state_name:
             self.before = state
         elif state is not None:
             self.note = (
-                f"the outer optimizer was {state.method} and is {optimizer.name} now: "
+                f"the outer optimizer was {state.method} and is {optimizer.state_name} now: "
                 f"what it remembered of {state.steps} rounds is not used"
             )
-        self._slots: dict[str, dict[str, str]] = {slot: {} for slot in optimizer.slots}
+        self._slots: dict[str, dict[str, str]] = {slot: {} for slot in optimizer.remembers}
 
     @property
     def number(self) -> int:
@@ -67,7 +67,7 @@ class OuterStep:
         """The state after the step; None if the optimizer remembers nothing."""
         if not self._slots:
             return None
-        return OuterState(self.optimizer.name, self.number, self._slots)
+        return OuterState(self.optimizer.state_name, self.number, self._slots)
 
 
 class TensorStep:
@@ -77,7 +77,7 @@ class TensorStep:
         self._step, self._entry, self._master = step, entry, master
         self._open = ExitStack()
         self._writers: dict[str, BlobWriter] = {
-            slot: self._open.enter_context(step.blobs.writer()) for slot in step.optimizer.slots
+            slot: self._open.enter_context(step.blobs.writer()) for slot in step.optimizer.remembers
         }
 
     def blocks(self, place: Place) -> Iterator[Floats32]:
@@ -111,7 +111,7 @@ class TensorStep:
     def _move(self, start: int, stop: int, merged: Floats32 | Floats64) -> Moved:
         step, name = self._step, self._entry.name
         theta = step.blobs.block(self._master, "F32", start, stop)
-        held = {slot: self._held(slot, theta, start, stop) for slot in step.optimizer.slots}
+        held = {slot: self._held(slot, theta, start, stop) for slot in step.optimizer.remembers}
         tau = merged.astype(np.float64, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):  # `round_once` says it better
             delta, slots = step.optimizer.step(tau, theta, held, step.number)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from coldmerge.core.digests import Content
+from coldmerge.core.dtypes import FLOATS, size
 from coldmerge.core.errors import ConfigError
 from coldmerge.merging import Uniform, merger_class, uniform
 from coldmerge.merging.outer import Outer, outer
@@ -21,6 +23,17 @@ def recipe_of(policy: MergePolicy, weights: Sequence[float]) -> Uniform:
     recipe = uniform(merger_class(policy.method), policy.parameters, weights)
     recipe.merger.check_inputs(len(weights))
     return recipe
+
+
+def check_size(policy: RoundPolicy, content: Content) -> None:
+    """Check that the merge of a round on this release fits into what the method may take.
+
+    Raises:
+        ConfigError: it does not, with as many contributions as the round waits for.
+    """
+    elements = sum(size(entry.shape) for entry in content.tensors if entry.dtype in FLOATS)
+    count = policy.seals_at or policy.min_contributions
+    recipe_of(policy.merge, [1.0] * count).merger.check_size(elements, count)
 
 
 def outer_of(policy: MergePolicy) -> Outer:

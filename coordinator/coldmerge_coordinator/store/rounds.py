@@ -21,7 +21,7 @@ from coldmerge.rounds.gate import check_evaluation
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import Effect, Event, RoundView, State
 from coldmerge_coordinator.actors import COORDINATOR
-from coldmerge_coordinator.merging.recipes import resolved
+from coldmerge_coordinator.merging.recipes import check_size, resolved
 from coldmerge_coordinator.store import (
     contributions,
     notices,
@@ -166,12 +166,14 @@ def open_round(
     A simulation gives `round_id` and `probe_seed`; otherwise they are drawn.
 
     Raises:
-        ConfigError: no such merge method or outer optimizer, or not with these parameters.
+        ConfigError: no such merge method or outer optimizer, or not with these parameters, or
+            not for a model of this size.
         NotFoundError: no such model, or it has no release.
         ConflictError: a round of the model is going on.
     """
     policy = resolved(policy)
     base = base_of_next(session, model)
+    check_size(policy, releases.get_listing(session, base.content_digest))
     opened = state.open_view(round_id or new_id("round"), model, policy, now)
     seen = screening.opening(session, base, policy.screening)
     return insert(session, base, opened, actor, probe_seed=probe_seed, screening=seen)
