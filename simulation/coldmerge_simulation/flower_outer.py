@@ -25,7 +25,7 @@ class FlowerOuter(Outer):
 
     name: ClassVar[str] = "flower"
 
-    strategy: str = Field(description="FedAdam, FedYogi, FedAdagrad or FedAvgM.")
+    strategy: str = Field(default="FedAdam", description="FedAdam, FedYogi, FedAdagrad or FedAvgM.")
     eta: float | None = Field(default=None, gt=0, description="Length of a step. Not FedAvgM.")
     beta_1: float | None = Field(default=None, ge=0, lt=1, description="How much of m is kept.")
     beta_2: float | None = Field(default=None, ge=0, lt=1, description="How much of v is kept.")
@@ -42,9 +42,7 @@ class FlowerOuter(Outer):
             ConfigError: Flower is missing, or has no such optimizer, or not with these.
         """
         given = dict(values)
-        if "strategy" not in given:
-            return given
-        found = stepping_strategy(str(given.pop("strategy")))
+        found = stepping_strategy(str(given.pop("strategy", "FedAdam")))
         own = found.checked({word: value for word, value in given.items() if value is not None})
         return {**own, "strategy": found.name}
 

@@ -156,9 +156,8 @@ class Found:
         if word in inspect.signature(FedAvg.__init__).parameters:
             self._refuse(word, "is about Flower's nodes and messages; the round policy rules", "it")
         close = get_close_matches(word, known, 1)
-        self._refuse(
-            word, "is not one of its parameters", word, f"Did you mean `{close[0]}`? " * bool(close)
-        )
+        hint = f"Did you mean `{close[0]}`? " if close else ""
+        self._refuse(word, "is not one of its parameters", word, hint)
 
     def _refuse(self, word: str, what: str, got: object, hint: str = "") -> NoReturn:
         raise ConfigError(

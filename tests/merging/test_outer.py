@@ -38,11 +38,11 @@ def run(
     optimizer: Outer, theta: Floats32, block: int = SIZE
 ) -> tuple[list[Floats32], dict[str, Floats32]]:
     """The weights after each round, as a worker computes them: slots and θ rounded to float32."""
-    slots = {slot: optimizer.fresh(slot, theta) for slot in optimizer.slots}
+    slots = {slot: optimizer.fresh(slot, theta) for slot in optimizer.remembers}
     path = []
     for number, tau in enumerate(taus(), 1):
         moved = np.empty(SIZE)
-        after = {slot: np.empty(SIZE, np.float32) for slot in optimizer.slots}
+        after = {slot: np.empty(SIZE, np.float32) for slot in optimizer.remembers}
         for at in range(0, SIZE, block):
             cut = slice(at, at + block)
             held = {slot: values[cut] for slot, values in slots.items()}
