@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from coldmerge_coordinator.identity import Authority, private_pem
+from coldmerge_coordinator.store import Store
 from tests.federation import Federation, Org
 from tests.support import until
 from tests.tiny import write_bert, write_texts
@@ -156,7 +157,9 @@ def test_private_text_stays_home(federation: Federation, tmp_path: Path) -> None
     assert hub.rounds(MODEL)[0]["evaluations"] == 1
     hub.stop()
 
-    shipped = next((hub.folder / "contributions").glob("*.safetensors")).read_bytes()
+    with Store.open(hub.folder) as store:
+        (stored,) = store.payloads.listed()
+        shipped = store.payloads.local(stored.name).read_bytes()
     seen = bytes(traffic.bytes)
     assert shipped[-512:] in seen, "the recorder saw the task vector in clear"
     assert b'"contributor":"st-mary"' in seen, "and the manifest"

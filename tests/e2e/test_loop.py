@@ -11,6 +11,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
+from coldmerge_coordinator.store import Store
 from tests.backends import query
 from tests.federation import Federation, Org
 from tests.support import until
@@ -150,11 +151,12 @@ def no_gate(folder: Path) -> Path:
 
 
 def stored_contributions(hub: Path) -> list[dict[str, torch.Tensor]]:
-    """The task vectors on the coordinator's disk, in the order of their manifest digests."""
-    rows = query(
-        hub, "SELECT payload FROM contribution WHERE state = 'ADMITTED' ORDER BY manifest_digest"
-    )
-    return [load_file(hub / "contributions" / payload) for (payload,) in rows]
+    """The coordinator's task vectors. Their float64 sum is exact, so it has no order: elements
+    are multiples of their weight's last place.
+    """
+    rows = query(hub, "SELECT payload FROM contribution WHERE state = 'ADMITTED'")
+    with Store.open(hub) as store:
+        return [load_file(store.payloads.local(payload)) for (payload,) in rows]
 
 
 def stored_release(
@@ -180,5 +182,6 @@ def stored_release(
 
 
 def blob(hub: Path, sha256: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
-    raw = bytearray((hub / "blobs" / sha256[:2] / sha256).read_bytes())
+    with Store.open(hub) as store:
+        raw = bytearray(b"".join(store.blobs.chunks(sha256)))
     return torch.frombuffer(raw, dtype=dtype).reshape(shape)
