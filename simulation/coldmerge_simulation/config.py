@@ -42,12 +42,13 @@ class Measuring(Settings):
 
 
 class SimulationConfig(Settings):
-    """What is simulated. Everything in it but `at_a_time` and `patience` decides the result.
+    """What is simulated. All but the last three decide the result.
 
     `train` is a training configuration; data, seed and threads are the simulation's. `round`
     is a round template; without a `duration` a round takes whoever comes within a simulated
     day. `at_a_time` bounds how many contributors are asked and not heard of yet, and
-    `patience` how long one answer may take, in real time.
+    `patience` how long one answer may take, in real time. `supernodes` is how many the engine
+    `federation` starts: they share the contributors.
     """
 
     name: Identifier = "simulation"
@@ -64,6 +65,7 @@ class SimulationConfig(Settings):
     evaluate: Measuring = Measuring()
     at_a_time: int = Field(default=8, ge=1, le=1000)
     patience: Duration = timedelta(hours=1)
+    supernodes: int = Field(default=2, ge=1, le=1000)
 
     @field_validator("model")
     @classmethod

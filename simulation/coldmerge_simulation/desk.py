@@ -97,13 +97,13 @@ class Desk:
             time.sleep(POLL_SECONDS)
 
 
-def meet(grid: Grid, names: tuple[str, ...], seconds: float = MEETING_SECONDS) -> dict[str, int]:
+def meet(grid: Grid, names: tuple[str, ...]) -> dict[str, int]:
     """Which node plays which contributor: asked of every node, once.
 
     Raises:
         UnavailableError: no node came, or nobody plays one of them.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + MEETING_SECONDS
     parts: dict[int, int] = {}
     total = 0
     while time.monotonic() < deadline:
@@ -117,7 +117,7 @@ def meet(grid: Grid, names: tuple[str, ...], seconds: float = MEETING_SECONDS) -
         "simulation.no_contributors",
         "The nodes that play the contributors did not all come.",
         expected=f"{total or 'at least 1'} nodes, with partition-id 0 and up",
-        got=f"{len(parts)} after {seconds:g} s",
+        got=f"{len(parts)} after {MEETING_SECONDS:g} s",
         hint="Start the SuperNodes with --node-config 'partition-id=0 num-partitions=1', and look "
         "at their logs.",
     )

@@ -24,7 +24,7 @@ from coldmerge_simulation.folder import CONFIG, RunFolder
 from coldmerge_simulation.scoring import SCORES
 
 RESULT = "result.json"
-_FREE = ("at_a_time", "patience")
+_FREE = ("at_a_time", "patience", "supernodes")
 """Keys that a resumed run may have otherwise: no result depends on them."""
 
 

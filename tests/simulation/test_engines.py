@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from coldmerge.core.errors import ConfigError, UnavailableError
 from coldmerge_simulation import simulate
+from coldmerge_simulation.compat import OFFLINE
+from coldmerge_simulation.engines import superlink
+from coldmerge_simulation.folder import RunFolder
 from tests.simulation.settings import digests, settings
 from tests.support import free_ports
 
@@ -34,3 +42,48 @@ def test_a_cluster_that_does_not_answer_is_an_error(
     monkeypatch.setenv("RAY_ADDRESS", "not an address")
     with pytest.raises(ConfigError, match=r"simulation\.bad_cluster"):
         simulate(settings(), engine="ray", out=tmp_path / "run", resume=True)
+
+
+def test_a_superlink_that_does_not_answer_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (port,) = free_ports(1)
+    monkeypatch.setenv("COLDMERGE_SUPERLINK", f"127.0.0.1:{port}")
+    with pytest.raises(UnavailableError, match=r"simulation\.no_superlink"):
+        simulate(settings(), engine="federation", out=tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_federation_with_tls_and_node_keys_agrees(tmp_path: Path) -> None:
+    values = settings(rounds=1, round=GATED)
+    local = simulate(values, out=tmp_path / "local")
+    run = simulate(values, engine="federation", out=tmp_path / "run")
+    assert digests(run) == digests(local)
+    assert len(digests(run)) == 2
+    assert not (tmp_path / "run" / "homes").exists()
+    kept = {path.name for path in (tmp_path / "run" / "nodes").glob("*/homes/*")}
+    assert kept == {"org-1", "org-2", "org-3", "org-4"}
+
+
+SAMPLES = Path(__file__).parents[2] / "deploy" / "flower"
+
+
+@pytest.mark.parametrize("name", ["superlink", "supernode"])
+def test_the_samples_use_options_that_flower_has(name: str) -> None:
+    text = (SAMPLES / f"{name}.sh").read_text()
+    assert subprocess.run(["sh", "-n", SAMPLES / f"{name}.sh"], check=False).returncode == 0
+    program = Path(sys.executable).parent / f"flower-{name}"
+    shown = subprocess.run(
+        [program, "--help"], check=True, capture_output=True, text=True, env=os.environ | OFFLINE
+    )
+    used = set(re.findall(r"(?<=\s)--[a-z-]+", text))
+    assert used
+    assert used <= set(re.findall(r"--[a-z-]+", shown.stdout))
+
+
+def test_the_sample_connection_is_what_the_engine_writes(tmp_path: Path) -> None:
+    home = superlink.write_connection(
+        RunFolder(tmp_path), "superlink.example.org:8000", Path("keys/ca.crt")
+    )
+    sample = tomllib.loads((SAMPLES / "config.toml").read_text())
+    assert tomllib.loads((home / "config.toml").read_text()) == sample

@@ -73,8 +73,10 @@ def hand_in(programs: Programs, folder: RunFolder, app: Path, *options: str) -> 
     return programs.start("flwr-run", "flwr", "run", app, "run", "--stream", *options)
 
 
-def watch(folder: RunFolder, running: Running, superlink: Running, progress: Progress) -> None:
-    """Follow the run to its end.
+def watch(
+    folder: RunFolder, running: Running, superlink: Running | None, progress: Progress
+) -> None:
+    """Follow the run to its end; None: the SuperLink is not ours.
 
     Raises:
         UnavailableError: the SuperLink ended, or the run did so without saying why.
@@ -87,12 +89,12 @@ def watch(folder: RunFolder, running: Running, superlink: Running, progress: Pro
         if said is not None and said != last:
             last = said
             progress(said["step"], said["done"], said["total"])
-        if superlink.handle.poll() is not None:
+        if superlink is not None and superlink.handle.poll() is not None:
             raise ended(superlink, f"ended with status {superlink.handle.returncode}")
         if running.handle.poll() is not None and folder.read(OUTCOME) is None:
             raise ended(running, "says that the run ended before its end")
         if last is None and time.monotonic() > deadline:
-            raise ended(superlink, f"had not started the run after {START_SECONDS:g} s")
+            raise ended(running, f"had not started the run after {START_SECONDS:g} s")
         time.sleep(POLL_SECONDS)
     if outcome["error"] is not None:
         raise _error(outcome["error"], running)
