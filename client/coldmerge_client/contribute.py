@@ -18,14 +18,14 @@ from coldmerge.evaluation.metrics import PairedScores
 from coldmerge.rounds.statistics import statistics_for
 from coldmerge.wire.v1 import common_pb2, contributions_pb2
 from coldmerge_client import checkpoints
+from coldmerge_client.bases import NOT_APPROVED, base_of, staleness, unsent
 from coldmerge_client.evaluate import evaluate, leaving_scores, report
 from coldmerge_client.files import exclusive
-from coldmerge_client.outbox import Outbox
+from coldmerge_client.outbox import Outbox, OutboxEntry
 from coldmerge_client.policy import SendPolicy
 from coldmerge_client.prepare import (
     Facts,
     against_policy,
-    base_of,
     check_asked,
     merge_of,
     prepare,
@@ -33,18 +33,17 @@ from coldmerge_client.prepare import (
 from coldmerge_client.pull import prune, pull
 from coldmerge_client.push import Approve, send
 from coldmerge_client.session import Session
-from coldmerge_client.train import forget, train
+from coldmerge_client.train import finished_at, forget, train
 from coldmerge_client.training.config import TrainConfig
 
 Kind = Literal[
-    "waiting", "training", "sending", "sent", "held", "skipped", "evaluating", "evaluated"
+    "waiting", "training", "stale", "sending", "sent", "held", "skipped", "evaluating", "evaluated"
 ]
 _State = common_pb2.Round
 _ENDED = frozenset({_State.PUBLISHED, _State.REJECTED, _State.ABANDONED})
 _Standing = contributions_pb2.Contribution
 _ARRIVED = frozenset({_Standing.ADMITTED, _Standing.QUARANTINED, _Standing.REFUSED})
 """What is not sent again: it counts, or an admin looks at it, or has."""
-_NOT_APPROVED = "not approved"
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class _Loop:
 
     def _declined(self, round_: common_pb2.Round) -> bool:
         return any(
-            entry.manifest.round == round_.id and entry.reason == _NOT_APPROVED
+            entry.manifest.round == round_.id and entry.reason == NOT_APPROVED
             for entry in self.outbox.entries(self.model)
         )
 
@@ -196,31 +195,56 @@ class _Loop:
             self._give_up(round_, "the round ended before the contribution was sent")
         self.last = None
 
+    def _made(self, round_: common_pb2.Round) -> OutboxEntry | None:
+        """Train, unless that was done, and sign; None: a continuous round sealed meanwhile."""
+        terms, session = self.terms, self.session
+        merge = merge_of(round_)
+        check_asked(merge, terms.policy)
+        number = self._to_train_on(round_)
+        base = base_of(session, round_, terms.progress, number=number)
+        self._tell("training", f"Training on release {number}", round_)
+        trained = train(
+            session.home,
+            base,
+            terms.config,
+            statistics=statistics_for(merge) - {"trim"},
+            progress=terms.progress,
+        )
+        if round_.bases and session.round(round_.id).state != _State.OPEN:
+            self._tell(
+                "waiting", "The round is sealed: what was trained waits for the next", round_
+            )
+            return None
+        facts = Facts(trained.examples, trained.metrics, trained.training)
+        return prepare(
+            session,
+            round_,
+            trained.folder,
+            facts,
+            base=number,
+            policy=terms.policy,
+            progress=terms.progress,
+        )
+
+    def _to_train_on(self, round_: common_pb2.Round) -> int:
+        """The round's base; or an older release whose fine-tune is finished and still counts."""
+        home, config = self.session.home, self.terms.config
+        if finished_at(home, self.model, round_.base_digest, config) is not None:
+            return round_.base_number
+        older = unsent(home, round_, config)
+        return round_.base_number if older is None else older
+
     def _send(self, round_: common_pb2.Round) -> None:
         terms, session = self.terms, self.session
         entry = self.outbox.for_round(round_.id)
-        stale = entry is not None and against_policy(entry.manifest, terms.policy) is not None
-        if entry is None or not entry.pending or stale:
-            merge = merge_of(round_)
-            check_asked(merge, terms.policy)
-            self._tell("training", f"Training on release {round_.base_number}", round_)
-            base = base_of(session, round_, terms.progress)
-            trained = train(
-                session.home,
-                base,
-                terms.config,
-                statistics=statistics_for(merge) - {"trim"},
-                progress=terms.progress,
-            )
-            facts = Facts(trained.examples, trained.metrics, trained.training)
-            entry = prepare(
-                session,
-                round_,
-                trained.folder,
-                facts,
-                policy=terms.policy,
-                progress=terms.progress,
-            )
+        outdated = entry is not None and against_policy(entry.manifest, terms.policy) is not None
+        if entry is None or not entry.pending or outdated:
+            entry = self._made(round_)
+        if entry is None:
+            return
+        stale = staleness(round_, entry.manifest.base_number)
+        if stale is not None:
+            self._tell("stale", stale, round_)
         self._tell("sending", f"Sending {entry.manifest.payload_bytes} bytes", round_)
         try:
             entry = send(
@@ -233,7 +257,7 @@ class _Loop:
         except PermissionDeniedError as error:
             if error.code != "push.not_approved":
                 raise
-            self._give_up(round_, _NOT_APPROVED)
+            self._give_up(round_, NOT_APPROVED)
             return
         self.part_of.add(round_.id)
         self._tell("sent", "The contribution is durable at the coordinator", round_)

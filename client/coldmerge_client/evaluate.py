@@ -11,8 +11,9 @@ from coldmerge.core.progress import Progress, silent
 from coldmerge.evaluation.metrics import PairedScores
 from coldmerge.wire.v1 import common_pb2
 from coldmerge_client import papers, sent_log
+from coldmerge_client.bases import base_of
 from coldmerge_client.papers import Addressed, Body
-from coldmerge_client.prepare import Leaving, base_of
+from coldmerge_client.prepare import Leaving
 from coldmerge_client.pull import pull_candidate
 from coldmerge_client.session import Session
 from coldmerge_client.training.config import TrainConfig

@@ -13,8 +13,6 @@ from pathlib import Path
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.documents import Manifest, Statistic, sign
 from coldmerge.core.errors import (
-    ConflictError,
-    IntegrityError,
     PermissionDeniedError,
     TaskVectorError,
 )
@@ -27,11 +25,12 @@ from coldmerge.rounds.statistics import statistics_for, trim_density
 from coldmerge.wire.channel import MAX_DOCUMENT_IN_MESSAGE
 from coldmerge.wire.v1 import common_pb2
 from coldmerge_client import papers
+from coldmerge_client.bases import base_of
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import PAYLOAD, Outbox, OutboxEntry
 from coldmerge_client.papers import Addressed
 from coldmerge_client.policy import SendPolicy
-from coldmerge_client.pull import Pulled, pull
+from coldmerge_client.pull import Pulled
 from coldmerge_client.session import Session
 
 
@@ -67,69 +66,24 @@ class Leaving:
     consents: tuple[str, ...] = ()
 
 
-def open_round(session: Session, model: str, base: int | None = None) -> common_pb2.Round:
-    """The round that takes contributions now.
-
-    Raises:
-        ConflictError: none is open, or the open one is on another release than `base`.
-    """
-    found = session.newest_round(model)
-    if found is None or found.state != common_pb2.Round.OPEN:
-        state = "no round yet" if found is None else common_pb2.Round.State.Name(found.state)
-        raise ConflictError(
-            "push.no_open_round",
-            f"No round of {model} takes contributions now.",
-            expected="a round that is OPEN",
-            got=state,
-            hint="Wait for the next one with `coldmerge watch`; the fine-tune is kept.",
-            model=model,
-        )
-    if base is not None and base != found.base_number:
-        raise ConflictError(
-            "push.other_base",
-            "The open round is on another release than this fine-tune.",
-            expected=f"release {found.base_number}",
-            got=f"release {base}",
-            hint=f"Fine-tune release {found.base_number} (`coldmerge pull`), then push again.",
-            model=model,
-            round=found.id,
-        )
-    return found
-
-
-def base_of(session: Session, round_: common_pb2.Round, progress: Progress = silent) -> Pulled:
-    """The release a round is on, pulled and verified.
-
-    Raises:
-        IntegrityError: the round names another digest than the signed record.
-    """
-    base = pull(session, round_.model, round_.base_number, progress=progress)
-    if base.digest != round_.base_digest:
-        raise IntegrityError(
-            "push.round_on_unknown_base",
-            "The round is on another content than the signed release of that number.",
-            expected=base.digest,
-            got=round_.base_digest,
-            hint="Do not contribute; ask the coordinator's admin what happened.",
-            round=round_.id,
-        )
-    return base
-
-
 def prepare(
     session: Session,
     round_: common_pb2.Round,
     tuned: Path,
     facts: Facts,
     *,
+    base: int | None = None,
     policy: SendPolicy | None = None,
     progress: Progress = silent,
 ) -> OutboxEntry:
     """Extract what the fine-tune in `tuned` changed, sign it and put it in the outbox.
 
-    An entry of the same round that was not sent yet is given up for this one.
+    `base` is the release it was trained on, where the round takes stale ones; by default the
+    round's. An entry of the same round, or of an earlier one on that release, that was not sent
+    yet is given up for this one.
 
     Raises:
+        ConflictError: the round takes no task vectors against `base`.
         TaskVectorError: shapes differ, a value is not finite, or nothing changed.
         NotFoundError: the round asks for statistics that were not measured.
         PermissionDeniedError: it is larger than the policy allows, or the round asks for
@@ -139,18 +93,18 @@ def prepare(
     policy = policy or SendPolicy.load(home.policy)
     merge = merge_of(round_)
     check_asked(merge, policy)
-    base = base_of(session, round_, progress)
+    origin = base_of(session, round_, progress, number=base)
     with exclusive(home.lock("outbox"), "the outbox", wait=True):
         outbox.tidy()
         draft = outbox.draft()
         try:
-            found = _extract(base, tuned, draft / PAYLOAD, policy, merge, progress)
-            manifest = _manifest(session, base, round_.id, found, facts, policy)
+            found = _extract(origin, tuned, draft / PAYLOAD, policy, merge, progress)
+            manifest = _manifest(session, origin, round_.id, found, facts, policy)
             manifest = manifest.model_copy(update={"consents": policy.consents(round_.policy_json)})
             check_size(manifest, policy)
             check_message(manifest)
             signed = sign(manifest, home.identity_key())
-            _give_up_earlier(outbox, round_.id)
+            _give_up_earlier(outbox, manifest)
             return outbox.commit(
                 draft, signed, kept_home=found.kept_home, unchanged=len(found.unchanged)
             )
@@ -355,10 +309,14 @@ def check_policy(manifest: Manifest, policy: SendPolicy) -> None:
         )
 
 
-def _give_up_earlier(outbox: Outbox, round_id: str) -> None:
-    for entry in outbox.entries():
-        if entry.pending and entry.manifest.round == round_id:
+def _give_up_earlier(outbox: Outbox, manifest: Manifest) -> None:
+    for entry in outbox.entries(manifest.model):
+        if not entry.pending:
+            continue
+        if entry.manifest.round == manifest.round:
             outbox.refuse(entry, "replaced by a newer fine-tune before it was sent")
+        elif entry.manifest.base_digest == manifest.base_digest:
+            outbox.refuse(entry, "not sent before its round sealed; signed again for the next")
 
 
 def describe(entry: OutboxEntry) -> Leaving:

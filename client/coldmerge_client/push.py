@@ -25,10 +25,11 @@ from coldmerge.wire.channel import CHUNK_BYTES
 from coldmerge.wire.convert import signed_from_proto
 from coldmerge.wire.v1 import common_pb2, contributions_pb2
 from coldmerge_client import sent_log
+from coldmerge_client.bases import open_round
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import Outbox, OutboxEntry
 from coldmerge_client.policy import SendPolicy
-from coldmerge_client.prepare import Facts, Leaving, check_policy, describe, open_round, prepare
+from coldmerge_client.prepare import Facts, Leaving, check_policy, describe, prepare
 from coldmerge_client.session import Session
 
 _MAX_STALLED = 5
@@ -198,7 +199,10 @@ def push(
     approve: Approve | None = None,
     progress: Progress = silent,
 ) -> OutboxEntry:
-    """Ship a fine-tune that exists to the open round: `prepare`, then `send`."""
+    """Ship a fine-tune that exists to the open round: `prepare`, then `send`.
+
+    `base` is the release that it was trained on; by default the round's.
+    """
     round_ = open_round(session, model, base)
-    entry = prepare(session, round_, tuned, facts, policy=policy, progress=progress)
+    entry = prepare(session, round_, tuned, facts, base=base, policy=policy, progress=progress)
     return send(session, entry, policy=policy, approve=approve, progress=progress)

@@ -75,7 +75,14 @@ def _measured(trained: Trained, statistics: Collection[Statistic]) -> bool:
 
 def finished(home: Home, base: Pulled, config: TrainConfig | None = None) -> Trained | None:
     """The finished fine-tune of `base` (by `config`, when given), if there is one."""
-    path = _folder(home, base) / "trained.json"
+    return finished_at(home, base.model, base.digest, config)
+
+
+def finished_at(
+    home: Home, model: str, digest: str, config: TrainConfig | None = None
+) -> Trained | None:
+    """The same of the release of that digest, which need not be on the disk any more."""
+    path = _folder_at(home, model, digest) / "trained.json"
     found: dict[str, Any] = read_json(path) if path.exists() else {}
     if not found or (config and found["config"] != config.model_dump(mode="json")):
         return None
@@ -101,7 +108,11 @@ def forget(home: Home, model: str, *, keep: Pulled | None = None) -> None:
 
 
 def _folder(home: Home, base: Pulled) -> Path:
-    return home.work(base.model) / base.digest[:16]
+    return _folder_at(home, base.model, base.digest)
+
+
+def _folder_at(home: Home, model: str, digest: str) -> Path:
+    return home.work(model) / digest[:16]
 
 
 def _remember(home: Home, base: Pulled, config: TrainConfig, trained: Trained) -> None:

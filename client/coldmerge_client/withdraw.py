@@ -5,7 +5,7 @@ from __future__ import annotations
 from coldmerge.core.errors import NotFoundError
 from coldmerge.wire.v1 import contributions_pb2
 from coldmerge_client import sent_log
-from coldmerge_client.prepare import open_round
+from coldmerge_client.bases import open_round
 from coldmerge_client.session import Session
 
 

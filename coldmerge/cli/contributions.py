@@ -149,16 +149,9 @@ def push(
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Ship the fine-tune to the open round. Run again after a crash: it goes on."""
+    from coldmerge_client.bases import base_of, open_round, staleness
     from coldmerge_client.outbox import Outbox
-    from coldmerge_client.prepare import (
-        against_policy,
-        base_of,
-        describe,
-        merge_of,
-        open_round,
-        prepare,
-        preview,
-    )
+    from coldmerge_client.prepare import against_policy, describe, merge_of, prepare, preview
     from coldmerge_client.push import send
 
     with session_at(home, timeout) as session:
@@ -170,7 +163,8 @@ def push(
             entry = None
         with bars(fmt) as progress:
             if entry is None or source is not None or not entry.pending:
-                release = base_of(session, found, progress)
+                chosen = _base(session.home, found, base, source)
+                release = base_of(session, found, progress, number=chosen)
                 tuned, facts = _tuned(session.home, release, source, examples)
                 if dry_run:
                     leaving = preview(
@@ -183,11 +177,16 @@ def push(
                         progress=progress,
                     )
                     _print_leaving(leaving, fmt, sent=False)
+                    _print_stale(staleness(found, leaving.base_number))
                     return
-                entry = prepare(session, found, tuned, facts, policy=policy, progress=progress)
+                entry = prepare(
+                    session, found, tuned, facts, base=chosen, policy=policy, progress=progress
+                )
             elif dry_run:
                 _print_leaving(describe(entry), fmt, sent=False)
+                _print_stale(staleness(found, entry.manifest.base_number))
                 return
+        _print_stale(staleness(found, entry.manifest.base_number))
         if policy.require_approval and not entry.approved and _ask(describe(entry)):
             entry = Outbox(session.home).mark(entry, approved=True)
         with bars(fmt) as progress:
@@ -197,6 +196,25 @@ def push(
     if standing is not None and standing.reason:
         state = type(standing).State.Name(standing.state)
         err.print(f"[yellow]{state}:[/yellow] {standing.reason}", highlight=False)
+
+
+def _base(home: Home, round_: Any, base: int | None, source: Path | None) -> int:
+    """The release the fine-tune is of: as given, or the newest of which one is here, unsent."""
+    from coldmerge_client.bases import unsent
+    from coldmerge_client.train import finished_at
+
+    if base is not None:
+        return base
+    newest: int = round_.base_number
+    if source is not None or finished_at(home, round_.model, round_.base_digest) is not None:
+        return newest
+    older = unsent(home, round_)
+    return newest if older is None else older
+
+
+def _print_stale(sentence: str | None) -> None:
+    if sentence is not None:
+        err.print(f"[yellow]note:[/yellow] {sentence}.", highlight=False)
 
 
 def _tuned(home: Home, release: Any, source: Path | None, examples: int) -> tuple[Path, Any]:

@@ -9,6 +9,7 @@ import typer
 
 from coldmerge.cli.local import DEFAULT_DIR, PANEL, DirOption, ask, coordinator_folder, local
 from coldmerge.cli.output import Format, FormatOption, bars, err, out, print_record, print_rows
+from coldmerge.cli.rounds import note_small_cohort
 
 group = typer.Typer(help="Add and list models.", no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -45,6 +46,8 @@ def add(
         made = add_model(store, name, source, tuple(private or ()), rules, progress=progress)
     for note in made.notes:
         err.print(f"[yellow]note:[/yellow] {note}", highlight=False)
+    if fmt is Format.TABLE and rules.continuous is not None:
+        note_small_cohort(rules.min_contributions)
     print_record(
         {
             "model": name,
@@ -77,6 +80,8 @@ def set_template(
     template = load_yaml(file)
     for note in replace(Store.open(coordinator_folder(folder)), name, template):
         err.print(f"[yellow]note:[/yellow] {note}", highlight=False)
+    if fmt is Format.TABLE and template.continuous is not None:
+        note_small_cohort(template.min_contributions)
     print_record({"model": name, **template.to_json()}, fmt)
 
 

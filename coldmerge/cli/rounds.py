@@ -108,13 +108,19 @@ def open_round(
     merge = RoundPolicy.model_validate_json(opened.policy_json).merge
     for caution in cautions(merge):
         err.print(f"[yellow]note:[/yellow] {caution}", highlight=False)
-    if fmt is Format.TABLE and opened.min_contributions < 3:
+    if fmt is Format.TABLE:
+        note_small_cohort(opened.min_contributions)
+    print_record(round_row(opened), fmt)
+
+
+def note_small_cohort(count: int) -> None:
+    """Say what a round of so few shows."""
+    if count < 3:
         out.print(
-            f"[yellow]note:[/yellow] a round of {opened.min_contributions} lets a contributor "
-            "compute the others' task vector from the release; 3 or more hide it in a sum.",
+            f"[yellow]note:[/yellow] a round of {count} lets a contributor compute the others' "
+            "task vector from the release; 3 or more hide it in a sum.",
             highlight=False,
         )
-    print_record(round_row(opened), fmt)
 
 
 @group.command("list", epilog="Example: coldmerge round list triage --dir ./hub")
@@ -156,6 +162,8 @@ def show(
             "bytes": item.payload_bytes,
             "norm": item.norm,
             "examples": item.examples,
+            "base": item.base_number,
+            "discount": item.discount,
             "accepted_at": item.accepted_at.ToJsonString(),
             "manifest": item.manifest_digest,
             "reason": item.reason or None,

@@ -127,7 +127,7 @@ def round_report(
 
 def _inputs(found: Any, report: Any) -> list[dict[str, object]]:
     merged = {item["manifest"]: item for item in report.get("inputs", ())}
-    factors = found.get("factors", {})
+    factors, stale = found.get("factors", {}), found.get("stale", {})
     rows = []
     for item in found["contributions"]:
         seen = merged.get(item["manifest"], {})
@@ -137,6 +137,7 @@ def _inputs(found: Any, report: Any) -> list[dict[str, object]]:
                 "state": item["state"],
                 "norm": item["norm"],
                 "factor": factors.get(item["manifest"]),
+                "discount": stale.get(item["manifest"], {}).get("discount"),
                 "to_merged": seen.get("cosine_to_merged"),
                 "to_others": seen.get("mean_cosine_to_others"),
                 "reason": item["reason"],
@@ -165,6 +166,7 @@ def show_contributor(
             "norm": entry.norm,
             "reference": entry.reference_norm or None,
             "factor": entry.clip_factor,
+            "discount": entry.discount,
             "to_merged": entry.cosine_to_merged or None,
             "isolated": entry.isolated,
             "release": entry.release_number or None,

@@ -85,7 +85,7 @@ def _made(facts: CardFacts) -> str:
         origin = (
             f"Round `{record.round}` merged {len(record.contributions)} signed task vectors, each "
             "the difference between a model fine-tuned at home and the release before this one."
-        )
+        ) + _stale(record)
     lines = ["## How it was made", "", origin]
     if record.recipe:
         lines += ["", "| recipe | |", "|---|---|"]
@@ -97,6 +97,16 @@ def _made(facts: CardFacts) -> str:
         lines += ["", "Manifests of the contributions (sha256):", ""]
         lines += [f"- `{digest}`" for digest in sorted(record.contributions)]
     return "\n".join(lines)
+
+
+def _stale(record: ReleaseRecord) -> str:
+    count = sum(key.startswith("continuous.staleness.") for key in record.recipe)
+    if not count:
+        return ""
+    were = "was" if count == 1 else "were"
+    return (
+        f" {count} of them {were} trained on an older release and multiplied by less than 1 for it."
+    )
 
 
 def _scores(evaluations: Sequence[Evaluation]) -> str:

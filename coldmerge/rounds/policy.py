@@ -36,6 +36,8 @@ _LONGEST = 10**9
 """Seconds, 31 years: beyond what anybody waits, within what a timedelta holds."""
 _METHOD = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _CRON = re.compile(r"\S+(?: +\S+){4,5}")
+SMALLEST_COHORT = 2
+"""Fewer, round after round and without anybody's doing, would publish single task vectors."""
 _HINT = 'Write a number and a unit, such as "90s", "10m", "24h" or "7d".'
 
 
@@ -152,12 +154,26 @@ class MergePolicy(_Frozen):
         return self
 
 
+class ContinuousPolicy(_Frozen):
+    """A round that merges the next arrivals, and is followed by the next one.
+
+    It takes task vectors against its base release and the releases of up to `max_staleness`
+    merges before; a stale one counts for (1 + staleness)^-`discount`. The next round opens when
+    it has ended; after `pause`, if it made no release. See `coldmerge.rounds.continuous`.
+    """
+
+    max_staleness: int = Field(default=2, ge=0, le=100)
+    discount: float = Field(default=0.5, ge=0, le=10)
+    pause: Duration = timedelta(minutes=5)
+
+
 class RoundPolicy(_Frozen):
     """The rules of one round.
 
     Without `duration` the round seals as soon as `min_contributions` are in (or
     `max_contributions`, when given). With it, it seals at the deadline, or earlier when
     `max_contributions` is reached; too few at the deadline is a missed quorum.
+    With `continuous` it has no deadline, and seals when `min_contributions` are in.
     """
 
     min_contributions: int = Field(default=3, ge=1, le=10_000)
@@ -170,11 +186,30 @@ class RoundPolicy(_Frozen):
     gate: GatePolicy | None = GatePolicy()
     webhook: str | None = Field(default=None, pattern=r"^https?://\S+$", max_length=2000)
     mode: Literal["screened"] = "screened"
+    continuous: ContinuousPolicy | None = None
 
     @model_validator(mode="after")
     def _max_not_below_min(self) -> Self:
         if self.max_contributions is not None and self.max_contributions < self.min_contributions:
             raise ValueError("max_contributions is below min_contributions")
+        return self
+
+    @model_validator(mode="after")
+    def _continuous_seals_by_count(self) -> Self:
+        if self.continuous is None:
+            return self
+        if self.min_contributions < SMALLEST_COHORT:
+            raise ValueError(
+                f"a continuous round merges at least {SMALLEST_COHORT}: with min_contributions 1 "
+                "every release would show one contributor's task vector"
+            )
+        if self.max_contributions not in (None, self.min_contributions):
+            raise ValueError(
+                "a continuous round seals when min_contributions are in: leave "
+                "max_contributions out"
+            )
+        if self.duration is not None:
+            raise ValueError("a continuous round has no deadline: leave duration out")
         return self
 
     @property
@@ -218,6 +253,12 @@ class RoundTemplate(RoundPolicy):
     """A model's standing round policy, with the schedule that opens rounds by itself."""
 
     schedule: Schedule | None = None
+
+    @model_validator(mode="after")
+    def _opens_one_way(self) -> Self:
+        if self.continuous is not None and self.schedule is not None:
+            raise ValueError("continuous rounds follow each other: leave schedule out")
+        return self
 
     def policy(self) -> RoundPolicy:
         """The policy of one round opened from this template."""

@@ -1,9 +1,9 @@
-"""Tensors that two organizations sent with the same bytes: one of them did not train."""
+"""Tensors that were sent twice with the same bytes: one of the two was not trained for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from coldmerge.core.documents import Manifest, TensorEntry
 from coldmerge.core.dtypes import blocks
@@ -22,12 +22,32 @@ def shared_tensor(manifest: Manifest, others: Iterable[Manifest]) -> tuple[str, 
     """
     mine = {entry.sha256: entry for entry in _deltas(manifest)}
     for other in others:
-        if other.contributor == manifest.contributor:
-            continue
-        for entry in _deltas(other):
-            found = mine.get(entry.sha256)
-            if found is not None and entry.sha256 != _zeros(entry.nbytes):
-                return found.name, other.contributor
+        found = _common(mine, other) if other.contributor != manifest.contributor else None
+        if found is not None:
+            return found, other.contributor
+    return None
+
+
+def repeated_tensor(manifest: Manifest, earlier: Iterable[Manifest]) -> tuple[str, Manifest] | None:
+    """(tensor, manifest) of a large tensor that its contributor sent before, to another round.
+
+    What was left out of account above is so here: two rounds' fine-tunes have nothing else in
+    common to the bit.
+    """
+    mine = {entry.sha256: entry for entry in _deltas(manifest)}
+    for other in earlier:
+        same = other.contributor == manifest.contributor and other.round != manifest.round
+        found = _common(mine, other) if same else None
+        if found is not None:
+            return found, other
+    return None
+
+
+def _common(mine: Mapping[str, TensorEntry], other: Manifest) -> str | None:
+    for entry in _deltas(other):
+        found = mine.get(entry.sha256)
+        if found is not None and entry.sha256 != _zeros(entry.nbytes):
+            return found.name
     return None
 
 

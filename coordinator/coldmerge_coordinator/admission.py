@@ -12,6 +12,7 @@ from coldmerge.core.documents import Manifest, Statistic, TensorEntry
 from coldmerge.core.errors import ManifestError, ResourceError, TaskVectorError
 from coldmerge.core.names import is_private, split_factor, split_key
 from coldmerge.core.statistics import DTYPE
+from coldmerge.rounds.continuous import AdmittedBase
 from coldmerge_coordinator.statistics import check_statistics
 
 LORA_A = ".lora_A"
@@ -22,18 +23,19 @@ ALWAYS_ALLOWED_RANK = 64
 
 @dataclass(frozen=True)
 class Target:
-    """What a contribution must be against: one round, one exact release.
+    """What a contribution must be against: one round, one exact release of `bases`.
 
-    `tensors`: the release's tensors by name. `contributor`: who is calling, by
-    certificate. `statistics` and `density`: what the round's recipe asks for beside deltas.
+    `bases`: the release the round is on, and after it those of which it takes stale task
+    vectors. `tensors`: the release's tensors by name, which all `bases` have. `contributor`: who
+    is calling, by certificate. `statistics` and `density`: what the round's recipe asks for
+    beside deltas.
     """
 
     federation: str
     contributor: str
     model: str
     round: str
-    base_number: int
-    base_digest: str
+    bases: tuple[AdmittedBase, ...]
     tensors: Mapping[str, TensorEntry]
     private: tuple[str, ...]
     max_payload_bytes: int
@@ -98,16 +100,34 @@ def _check_addressee(manifest: Manifest, target: Target) -> None:
                 hint="Prepare the contribution again, on the machine that sends it.",
                 round=target.round,
             )
-    if (manifest.base_digest, manifest.base_number) != (target.base_digest, target.base_number):
-        raise TaskVectorError(
-            "manifest.wrong_base",
-            f"The task vector is against another release than round {target.round} needs.",
-            expected=f"release {target.base_number}, {target.base_digest}",
-            got=f"release {manifest.base_number}, {manifest.base_digest}",
-            hint=f"Run `coldmerge pull {target.model}`, fine-tune that release and push again.",
+    named = AdmittedBase(manifest.base_number, manifest.base_digest)
+    if all((base.number, base.digest) != (named.number, named.digest) for base in target.bases):
+        raise _wrong_base(named, target)
+
+
+def _wrong_base(named: AdmittedBase, target: Target) -> TaskVectorError:
+    newest, *older = target.bases
+    hint = f"Run `coldmerge pull {target.model}`, fine-tune that release and push again."
+    if older and named.number not in {base.number for base in target.bases}:
+        return TaskVectorError(
+            "manifest.too_stale",
+            f"The task vector is against a release from which round {target.round} takes none.",
+            expected=f"release {' or '.join(str(base.number) for base in target.bases)}",
+            got=f"release {named.number}",
+            hint=hint,
             round=target.round,
             model=target.model,
         )
+    meant = next((base for base in older if base.number == named.number), newest)
+    return TaskVectorError(
+        "manifest.wrong_base",
+        f"The task vector is against another release than round {target.round} needs.",
+        expected=f"release {meant.number}, {meant.digest}",
+        got=f"release {named.number}, {named.digest}",
+        hint=hint,
+        round=target.round,
+        model=target.model,
+    )
 
 
 def _check_order(manifest: Manifest) -> None:
@@ -173,7 +193,7 @@ def _base_tensor(manifest: Manifest, name: str, target: Target) -> TensorEntry:
     if base is None:
         raise TaskVectorError(
             "manifest.unknown_tensor",
-            f"Release {target.base_number} of {target.model} has no tensor {name}.",
+            f"Release {target.bases[0].number} of {target.model} has no tensor {name}.",
             expected=f"one of its {len(target.tensors)} tensors",
             got=name,
             hint="Only tensors of the release may be sent: new heads stay at home.",

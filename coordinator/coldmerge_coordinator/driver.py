@@ -1,7 +1,8 @@
 """What moves rounds when nobody calls: deadlines, schedules, notices.
 
 The driver decides nothing itself: it applies `Tick` to the rounds that time may have
-moved, opens rounds that are due by cron, and delivers what admins have to hear.
+moved, opens rounds that are due by cron or follow on one that ended, and delivers what admins
+have to hear.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from coldmerge_coordinator import replica
 from coldmerge_coordinator.notices import Notifier
 from coldmerge_coordinator.retention import Collected, collect
 from coldmerge_coordinator.schedule import next_tick
-from coldmerge_coordinator.store import Store, leases, notices, releases, rounds
+from coldmerge_coordinator.store import (
+    Store,
+    continuous,
+    leases,
+    notices,
+    releases,
+    rounds,
+)
 from coldmerge_coordinator.store.leases import Held
 from coldmerge_coordinator.store.models import Model, Round
 
@@ -124,6 +132,7 @@ class Driver:
             try:
                 if _is_due(model, now):
                     self._open_scheduled(model.name, now)
+                self._follow_on(model.name, now)
             except ColdmergeError as error:
                 log.warning("schedule.failed", model=model.name, error=error.message)
 
@@ -144,6 +153,23 @@ class Driver:
             body = notices.about_round(active, "round.skipped", text, self._store.federation)
             notices.insert(session, template.webhook, body, now)
             log.warning("schedule.skipped", model=name, round=active.id, state=active.state)
+
+    def _follow_on(self, name: str, now: datetime) -> None:
+        """Open the model's next continuous round, where the one before has ended."""
+        with self._store.database.read() as session:
+            if not _follows(session, name, now):
+                return
+        with self._store.database.write() as session:
+            model = releases.get_model(session, name, lock=True)
+            if _follows(session, name, now):
+                row = rounds.open_round(session, name, _template(model).policy(), now)
+                log.info("continuous.opened", model=name, round=row.id)
+
+
+def _follows(session: Session, name: str, now: datetime) -> bool:
+    model = releases.get_model(session, name)
+    opens = continuous.next_opening(session, model, _template(model))
+    return opens is not None and opens <= now
 
 
 def _moves(session: Session, row: Round, now: datetime) -> bool:

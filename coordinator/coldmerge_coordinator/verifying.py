@@ -23,7 +23,7 @@ from coldmerge.core.errors import ColdmergeError, IntegrityError, ManifestError,
 from coldmerge.core.progress import Counter, Progress, silent
 from coldmerge_coordinator.merging.candidate import Candidate
 from coldmerge_coordinator.merging.works import Base, base_of, job_of, merged
-from coldmerge_coordinator.store import Store, keys, releases, states
+from coldmerge_coordinator.store import Store, continuous, keys, releases, rounds, states
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Contribution, Machine, Release, Round
 
@@ -79,6 +79,7 @@ def verify_release(
         record = releases.get_record(row)
         inputs = _inputs(session, record)
         found.problems += _signed(session, record, inputs, found)
+        found.problems += _stale(session, record, inputs)
         found.erased = _erased(store, inputs)
         if record.round is None:
             found.problems += _repeats(session, row, record)
@@ -187,6 +188,17 @@ def _signed(
     found.signatures = signed, len(inputs)
     if signed < len(inputs):
         found.note = "some were signed by machines that are no longer enrolled"
+
+
+def _stale(session: Session, record: ReleaseRecord, inputs: list[Contribution]) -> Iterator[str]:
+    """How stale the record says its inputs are must follow from their signed manifests."""
+    row = session.get(Round, record.round) if record.round else None
+    if row is None or row.replay is not None:
+        return
+    policy = rounds.get_policy(row)
+    said = {key: value for key, value in record.recipe.items() if key.startswith("continuous.")}
+    if said != continuous.recipe_of(session, row, policy, inputs):
+        yield "the record discounts contributions otherwise than their manifests say they are stale"
 
 
 def _is_signed(manifest: Signed, known: Iterable[bytes]) -> bool:

@@ -25,6 +25,7 @@ from coldmerge.core.errors import (
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.wire.v1 import common_pb2, contributions_pb2
 from coldmerge_client import sent_log
+from coldmerge_client.bases import open_round
 from coldmerge_client.outbox import Outbox, OutboxEntry
 from coldmerge_client.policy import SendPolicy
 from coldmerge_client.prepare import (
@@ -32,7 +33,6 @@ from coldmerge_client.prepare import (
     Leaving,
     check_message,
     describe,
-    open_round,
     prepare,
     preview,
 )

@@ -60,10 +60,12 @@ class Bench:
         examples: int = 100,
         scaling: Mapping[str, float] | None = None,
         statistics: Mapping[Statistic, float] | None = None,
+        base: int | None = None,
     ) -> str:
         """Admit a task vector as the service would: the contribution's id."""
         contribution = f"contribution-{secrets.token_hex(8)}"
         row = self.round(round_id)
+        origin = self.release(row.base_number if base is None else base, row.model)
         name = f"{contribution}.safetensors"
         entries = [
             TensorSpec(key, DTYPES[array.dtype], array.shape, 0, array.nbytes)
@@ -75,7 +77,7 @@ class Bench:
             entries,
             kind=kind,
             encoding=encoding,
-            base_digest=row.base_digest,
+            base_digest=origin.content_digest,
             scaling=scaling or {},
             statistics=statistics,
         )
@@ -87,8 +89,8 @@ class Bench:
             model=row.model,
             round=round_id,
             contributor=contributor,
-            base_digest=row.base_digest,
-            base_number=row.base_number,
+            base_digest=origin.content_digest,
+            base_number=origin.number,
             nonce=secrets.token_hex(16),
             created_at=self.clock.now(),
             kind=vector.kind,

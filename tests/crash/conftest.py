@@ -16,9 +16,10 @@ import pytest
 import yaml
 from numpy.typing import NDArray
 
+from coldmerge_client.bases import open_round
 from coldmerge_client.evaluate import evaluate, report
 from coldmerge_client.home import Home
-from coldmerge_client.prepare import Facts, open_round, prepare
+from coldmerge_client.prepare import Facts, prepare
 from coldmerge_client.push import push
 from coldmerge_client.session import Session
 from coldmerge_client.training import TrainConfig

@@ -31,6 +31,7 @@ from coldmerge.core.errors import (
     ResourceError,
     TaskVectorError,
 )
+from coldmerge.rounds.continuous import AdmittedBase
 from coldmerge_coordinator.admission import Target as RoundTarget
 from coldmerge_coordinator.admission import check_manifest
 from coldmerge_coordinator.payload import PayloadCheck
@@ -83,8 +84,7 @@ ROUND = RoundTarget(
     contributor="org-a",
     model="m",
     round="round-1",
-    base_number=3,
-    base_digest=DIGEST,
+    bases=(AdmittedBase(3, DIGEST),),
     tensors={
         **{name: entry(name, shape, bytes(4 * math.prod(shape))) for name, shape in SHAPES.items()},
         "head.weight": entry("head.weight", (2,), bytes(8)),

@@ -141,7 +141,7 @@ class RemergeRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., without: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class AdmittedContribution(_message.Message):
-    __slots__ = ("id", "contributor", "manifest_digest", "payload_bytes", "examples", "norm", "accepted_at", "state", "reason")
+    __slots__ = ("id", "contributor", "manifest_digest", "payload_bytes", "examples", "norm", "accepted_at", "state", "reason", "base_number", "discount")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTOR_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +151,8 @@ class AdmittedContribution(_message.Message):
     ACCEPTED_AT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    BASE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    DISCOUNT_FIELD_NUMBER: _ClassVar[int]
     id: str
     contributor: str
     manifest_digest: str
@@ -160,7 +162,9 @@ class AdmittedContribution(_message.Message):
     accepted_at: _timestamp_pb2.Timestamp
     state: str
     reason: str
-    def __init__(self, id: _Optional[str] = ..., contributor: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., norm: _Optional[float] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    base_number: int
+    discount: float
+    def __init__(self, id: _Optional[str] = ..., contributor: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., norm: _Optional[float] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., base_number: _Optional[int] = ..., discount: _Optional[float] = ...) -> None: ...
 
 class ListRoundContributionsResponse(_message.Message):
     __slots__ = ("contributions",)

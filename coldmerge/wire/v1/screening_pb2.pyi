@@ -65,7 +65,7 @@ class GetHistoryRequest(_message.Message):
     def __init__(self, contributor: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
 
 class HistoryEntry(_message.Message):
-    __slots__ = ("round", "model", "state", "reason", "accepted_at", "norm", "reference_norm", "clip_factor", "cosine_to_merged", "isolated", "release_number")
+    __slots__ = ("round", "model", "state", "reason", "accepted_at", "norm", "reference_norm", "clip_factor", "cosine_to_merged", "isolated", "release_number", "discount")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class HistoryEntry(_message.Message):
     COSINE_TO_MERGED_FIELD_NUMBER: _ClassVar[int]
     ISOLATED_FIELD_NUMBER: _ClassVar[int]
     RELEASE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    DISCOUNT_FIELD_NUMBER: _ClassVar[int]
     round: str
     model: str
     state: str
@@ -88,7 +89,8 @@ class HistoryEntry(_message.Message):
     cosine_to_merged: float
     isolated: bool
     release_number: int
-    def __init__(self, round: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., norm: _Optional[float] = ..., reference_norm: _Optional[float] = ..., clip_factor: _Optional[float] = ..., cosine_to_merged: _Optional[float] = ..., isolated: _Optional[bool] = ..., release_number: _Optional[int] = ...) -> None: ...
+    discount: float
+    def __init__(self, round: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., norm: _Optional[float] = ..., reference_norm: _Optional[float] = ..., clip_factor: _Optional[float] = ..., cosine_to_merged: _Optional[float] = ..., isolated: _Optional[bool] = ..., release_number: _Optional[int] = ..., discount: _Optional[float] = ...) -> None: ...
 
 class History(_message.Message):
     __slots__ = ("contributor", "entries")

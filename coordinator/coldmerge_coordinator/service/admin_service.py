@@ -23,7 +23,7 @@ from coldmerge_coordinator.service.messages import (
     release_message,
     round_message,
 )
-from coldmerge_coordinator.store import contributions, rounds
+from coldmerge_coordinator.store import continuous, contributions, rounds
 
 
 @dataclass
@@ -204,8 +204,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     def _round_contributions(self, round_id: str) -> admin_pb2.ListRoundContributionsResponse:
         with self._store.database.read() as session:
-            rounds.get(session, round_id)
+            round_ = rounds.get(session, round_id)
             rows = contributions.of_round(session, round_id)
+            costs = continuous.discounts(session, round_, rows)
             return admin_pb2.ListRoundContributionsResponse(
-                contributions=[admitted_message(row) for row in rows]
+                contributions=[admitted_message(row, costs[row.id]) for row in rows]
             )

@@ -44,6 +44,7 @@ from coldmerge_coordinator.service.uploads import (
 )
 from coldmerge_coordinator.store import (
     Store,
+    continuous,
     contribution_log,
     contributions,
     people,
@@ -131,8 +132,7 @@ class Intake:
             contributor=who.contributor,
             model=row.model,
             round=row.id,
-            base_number=row.base_number,
-            base_digest=row.base_digest,
+            bases=continuous.bases_of(session, row),
             tensors=releases.get_listing(session, row.base_digest).by_name,
             private=tuple(releases.get_model(session, row.model).private_patterns),
             max_payload_bytes=self._store.config.limits.max_payload_bytes,

@@ -9,11 +9,13 @@ from sqlalchemy.orm import Session
 
 from coldmerge.core.documents import Signed
 from coldmerge.rounds.isolation import Trial
+from coldmerge.rounds.policy import RoundPolicy
+from coldmerge.rounds.state import State
 from coldmerge.wire.convert import put_content, signed_to_proto, timestamp
 from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2, models_pb2
 from coldmerge_coordinator.service.admin import machines_of
 from coldmerge_coordinator.service.screens import told
-from coldmerge_coordinator.store import contributions, releases, rounds, trials
+from coldmerge_coordinator.store import continuous, contributions, releases, rounds, trials
 from coldmerge_coordinator.store.models import (
     Contribution,
     Contributor,
@@ -88,12 +90,19 @@ def round_message(session: Session, row: Round) -> common_pb2.Round:
         left_out=len(row.left_out or ()),
         trials=[_trial_message(trial) for trial in trials.of(row)],
         remerge=row.replay is not None,
+        bases=_bases(session, row, policy),
     )
     if row.closes_at is not None:
         message.closes_at.CopyFrom(timestamp(row.closes_at))
     if row.evaluation_closes_at is not None:
         message.evaluation_closes_at.CopyFrom(timestamp(row.evaluation_closes_at))
     return message
+
+
+def _bases(session: Session, row: Round, policy: RoundPolicy) -> list[common_pb2.AdmittedBase]:
+    if policy.continuous is None or row.state != State.OPEN:
+        return []
+    return [common_pb2.AdmittedBase(**vars(base)) for base in continuous.bases_of(session, row)]
 
 
 def _trial_message(trial: Trial) -> common_pb2.Trial:
@@ -127,8 +136,8 @@ def receipt_message(row: Contribution) -> common_pb2.SignedDocument:
     return signed_to_proto(Signed(row.receipt, row.receipt_signature))
 
 
-def admitted_message(row: Contribution) -> admin_pb2.AdmittedContribution:
-    """A contribution as the admin sees it."""
+def admitted_message(row: Contribution, discount: float) -> admin_pb2.AdmittedContribution:
+    """A contribution as the admin sees it; `discount` is what its staleness costs it."""
     return admin_pb2.AdmittedContribution(
         id=row.id,
         contributor=row.contributor,
@@ -139,6 +148,8 @@ def admitted_message(row: Contribution) -> admin_pb2.AdmittedContribution:
         accepted_at=timestamp(row.accepted_at),
         state=row.state,
         reason=row.reason or "",
+        base_number=contributions.get_manifest(row).base_number,
+        discount=discount,
     )
 
 

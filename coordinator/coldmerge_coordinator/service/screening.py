@@ -20,7 +20,13 @@ from coldmerge_coordinator.service.backend import Backend
 from coldmerge_coordinator.service.messages import contribution_message
 from coldmerge_coordinator.service.rules import check_open
 from coldmerge_coordinator.service.screens import told
-from coldmerge_coordinator.store import contribution_log, contributions, people, rounds
+from coldmerge_coordinator.store import (
+    continuous,
+    contribution_log,
+    contributions,
+    people,
+    rounds,
+)
 from coldmerge_coordinator.store.models import Contribution, Contributor, Round
 
 DEFAULT_LIMIT = 50
@@ -213,4 +219,5 @@ def _entry(row: Contribution, round_: Round) -> screening_pb2.HistoryEntry:
         cosine_to_merged=seen.get(row.manifest_digest, {}).get("cosine_to_merged", 0.0),
         isolated=row.manifest_digest in (round_.left_out or ()),
         release_number=(round_.release_number or 0) if merged else 0,
+        discount=continuous.frozen(round_).get(row.manifest_digest, {}).get("discount", 1.0),
     )

@@ -11,8 +11,14 @@ from sqlalchemy.orm import Session
 from coldmerge.core.documents import Manifest
 from coldmerge.core.errors import TaskVectorError
 from coldmerge.screening.bounds import outside
-from coldmerge.screening.duplicates import shared_tensor
-from coldmerge_coordinator.store import contribution_log, contributions, notices, rounds
+from coldmerge.screening.duplicates import repeated_tensor, shared_tensor
+from coldmerge_coordinator.store import (
+    continuous,
+    contribution_log,
+    contributions,
+    notices,
+    rounds,
+)
 from coldmerge_coordinator.store.models import Contribution, Round
 
 _COPIED = re.compile(r"(has the bytes that )\S+( sent)$")
@@ -38,10 +44,24 @@ def reason_to_wait(session: Session, row: Round, manifest: Manifest, norm: float
             round=row.id,
         )
     if why is None and policy.duplicates == "quarantine":
-        found = shared_tensor(manifest, _possible_twins(session, manifest))
-        if found is not None:
-            why = f"its tensor {found[0]} has the bytes that {found[1]} sent"
+        why = _sent_before(session, row, manifest)
     return why
+
+
+def _sent_before(session: Session, row: Round, manifest: Manifest) -> str | None:
+    """Which tensor another contributor has sent, or this one to a round that merged it.
+
+    A continuous round looks at the rounds, too, on the releases that it admits as bases: what
+    was trained on those may have been sent there, and would count twice.
+    """
+    twins = _possible_twins(session, row, manifest)
+    found = shared_tensor(manifest, [twin for twin, _ in twins])
+    if found is not None:
+        return f"its tensor {found[0]} has the bytes that {found[1]} sent"
+    again = repeated_tensor(manifest, [twin for twin, merged in twins if merged])
+    if again is not None:
+        return f"its tensor {again[0]} was merged in round {again[1].round} already"
+    return None
 
 
 def told(row: Contribution) -> str:
@@ -49,17 +69,31 @@ def told(row: Contribution) -> str:
     return _COPIED.sub(r"\1another organization\2", row.reason or "")
 
 
-def _possible_twins(session: Session, manifest: Manifest) -> list[Manifest]:
-    """Manifests of others in the round that name one of the same hashes: few are parsed."""
+def _possible_twins(
+    session: Session, row: Round, manifest: Manifest
+) -> list[tuple[Manifest, bool]]:
+    """Manifests that name one of the same hashes, and whether the base holds them; few are parsed.
+
+    Those of the others in the round; if it is continuous, of everybody in the rounds since the
+    oldest release it admits as a base.
+    """
     mine = {entry.sha256.encode() for entry in manifest.tensors}
-    others = session.scalars(
-        select(Contribution.manifest).where(
-            Contribution.round == manifest.round,
-            Contribution.contributor != manifest.contributor,
-            Contribution.state.in_(contributions.WAITING_OR_ADMITTED),
-        )
+    query = (
+        select(Contribution)
+        .join(Round, Round.id == Contribution.round)
+        .where(Contribution.state.in_(contributions.WAITING_OR_ADMITTED))
     )
-    return [Manifest.parse(raw) for raw in others if not mine.isdisjoint(_SHA256.findall(raw))]
+    if rounds.get_policy(row).continuous is None:
+        query = query.where(Contribution.round == row.id)
+    else:
+        oldest = min(base.number for base in continuous.bases_of(session, row))
+        query = query.where(Contribution.model == row.model, Round.base_number >= oldest)
+    merged = continuous.merged_into(session, row)
+    return [
+        (Manifest.parse(item.manifest), item.manifest_digest in merged)
+        for item in session.scalars(query)
+        if not mine.isdisjoint(_SHA256.findall(item.manifest))
+    ]
 
 
 def quarantine(

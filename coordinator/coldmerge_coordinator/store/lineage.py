@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from coldmerge.core.errors import ConflictError, NotFoundError
 from coldmerge_coordinator.store import releases
-from coldmerge_coordinator.store.models import Contribution, Contributor, Round
+from coldmerge_coordinator.store.models import Contribution, Contributor, Release, Round
 from coldmerge_coordinator.store.releases import Recipe
 
 
@@ -101,6 +101,30 @@ def lineage(session: Session, model: str, number: int) -> Replay:
         else:
             steps.append(Step(row.id, record.contributions, number))
             number = row.base_number
+
+
+def ancestors(session: Session, model: str, number: int, most: int) -> list[tuple[Release, int]]:
+    """What release `number` was made from, newest first, and how many merges before it each was.
+
+    The first is itself. Up to `most` merges back. What a rollback restored is no merge before it.
+    Releases that a rollback took back, or a re-merge made anew, are none of them.
+    """
+    found: list[tuple[Release, int]] = []
+    merges = 0
+    while merges <= most:
+        release = releases.get_release(session, model, number)
+        found.append((release, merges))
+        record = releases.get_record(release)
+        row = session.get(Round, record.round) if record.round else None
+        if record.recipe.get("method") == "rollback":
+            number = int(record.recipe["number"] or 0)
+        elif row is None:
+            break
+        elif (again := replay_of(row)) is not None:
+            number, merges = again.start, merges + len(again.steps)
+        else:
+            number, merges = row.base_number, merges + 1
+    return found
 
 
 def _made(step: Step, number: int) -> Step:

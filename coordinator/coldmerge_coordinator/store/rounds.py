@@ -23,6 +23,7 @@ from coldmerge.rounds.state import Effect, Event, RoundView, State
 from coldmerge_coordinator.actors import COORDINATOR
 from coldmerge_coordinator.merging.recipes import check_size, resolved
 from coldmerge_coordinator.store import (
+    continuous,
     contributions,
     notices,
     releases,
@@ -304,12 +305,14 @@ def _carry_out(session: Session, row: Round, effect: Effect, now: datetime, sign
     if isinstance(effect, state.FreezeInputs):
         inputs = contributions.admitted(session, row.id)
         row.sealed_inputs = [item.manifest_digest for item in inputs]
-        row.screening = screening.sealing(row, inputs, get_policy(row).screening)
+        row.screening = screening.sealing(session, row, inputs, get_policy(row))
     elif isinstance(effect, state.Publish):
         row.release_number = _publish(session, row, effect.flags, now, signer).number
         trials.mark(session, row)
     else:
-        body = notices.about_round(row, effect.kind, effect.text, signer.federation)
+        failed = State(row.state) in {State.REJECTED, State.ABANDONED}
+        text = effect.text + (continuous.outlook(session, row) if failed else "")
+        body = notices.about_round(row, effect.kind, text, signer.federation)
         notices.insert(session, get_policy(row).webhook, body, now)
 
 

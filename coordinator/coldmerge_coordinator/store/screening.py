@@ -2,6 +2,7 @@
 
     {"reference_norm": 1.5, "reference_from": "release 3",   when the round opens
      "factors": {manifest digest: factor},                    when it seals
+     "stale": {manifest digest: {"staleness": 1, "discount": 0.7}},   if continuous
      "report": {…}}                                           when it is merged
 
 The reference norm of a round that finds none when it opens (the first one of a model, with
@@ -23,7 +24,7 @@ from coldmerge.screening.bounds import Factors, clip_factors, reference_norm
 from coldmerge.screening.policy import ScreeningPolicy
 from coldmerge.screening.report import Inner, Screened, report
 from coldmerge.screening.shares import BOUNDED
-from coldmerge_coordinator.store import contributions
+from coldmerge_coordinator.store import continuous, contributions
 from coldmerge_coordinator.store.models import Contribution, Release, Round
 from coldmerge_coordinator.store.releases import Recipe
 
@@ -54,32 +55,57 @@ def _origin(session: Session, release: Release) -> Release:
 
 
 def _merged_norms(session: Session, digests: Sequence[str]) -> list[float]:
-    """Norms as they were merged: a clipped one counts as what was left of it."""
+    """Norms as they were clipped. A discount for staleness is left out: with it, the reference
+    of round after round would shrink, and the clip with it.
+    """
     rows = list(
         session.scalars(select(Contribution).where(Contribution.manifest_digest.in_(digests)))
     )
-    factors = factors_of(session, rows)
+    factors = clips_of(session, rows)
     return [row.norm * factors[row.manifest_digest] for row in rows]
 
 
-def sealing(row: Round, inputs: Sequence[Contribution], policy: ScreeningPolicy) -> dict[str, Any]:
-    """What the round knows once its inputs are frozen: a reference norm, every clip factor."""
+def sealing(
+    session: Session, row: Round, inputs: Sequence[Contribution], policy: RoundPolicy
+) -> dict[str, Any]:
+    """What the round knows once its inputs are frozen: a reference norm, every clip factor, and
+    how stale each is. The clip is of the norm as it was sent, whatever release it is against.
+    """
     known = dict(row.screening or {})
     norms = {item.manifest_digest: item.norm for item in inputs}
     if known.get("reference_norm") is None:
         known |= {"reference_norm": reference_norm(norms.values()), "reference_from": "round"}
-    known["factors"] = clip_factors(norms, known["reference_norm"], policy.clip)
-    return known
+    known["factors"] = clip_factors(norms, known["reference_norm"], policy.screening.clip)
+    stale = continuous.sealing(session, row, inputs)
+    return known | ({"stale": stale} if stale else {})
+
+
+def clips_of(session: Session, rows: Sequence[Contribution]) -> Factors:
+    """The clip factor of every contribution, as its own round froze it; 1.0 where it has none."""
+    rounds = _rounds_of(session, rows)
+    return {row.manifest_digest: _clip(rounds[row.round], row.manifest_digest) for row in rows}
 
 
 def factors_of(session: Session, rows: Sequence[Contribution]) -> Factors:
-    """The clip factor of every contribution, as its own round froze it; 1.0 where it has none."""
+    """What every task vector is multiplied by: its clip factor times its discount."""
+    rounds = _rounds_of(session, rows)
+    return {row.manifest_digest: factor_in(rounds[row.round], row.manifest_digest) for row in rows}
+
+
+def factor_in(row: Round, digest: str) -> float:
+    """What a sealed round multiplies one of its inputs by; 1.0 for what is none."""
+    discounts = continuous.frozen(row)
+    return _clip(row, digest) * (discounts[digest]["discount"] if digest in discounts else 1.0)
+
+
+def _clip(row: Round, digest: str) -> float:
+    found: float = (row.screening or {}).get("factors", {}).get(digest, 1.0)
+    return found
+
+
+def _rounds_of(session: Session, rows: Sequence[Contribution]) -> dict[str, Round]:
     names = {row.round for row in rows}
-    frozen = {
-        found.id: (found.screening or {}).get("factors", {})
-        for found in session.scalars(select(Round).where(Round.id.in_(names)))
-    }
-    return {row.manifest_digest: frozen[row.round].get(row.manifest_digest, 1.0) for row in rows}
+    return {found.id: found for found in session.scalars(select(Round).where(Round.id.in_(names)))}
 
 
 def in_recipe(row: Round, policy: RoundPolicy) -> Recipe:
@@ -92,13 +118,21 @@ def in_recipe(row: Round, policy: RoundPolicy) -> Recipe:
     if statistics_for(policy.merge) & BOUNDED:
         found["screening.statistics"] = policy.screening.statistics
     factors = known.get("factors", {})
-    return found | _clipped({key: factors.get(key, 1.0) for key in contributions.kept(row)})
+    found |= _clipped({key: factors.get(key, 1.0) for key in contributions.kept(row)})
+    return found | continuous.in_recipe(row, policy)
 
 
 def in_replay(session: Session, row: Round) -> Recipe:
-    """What a release record says about the inputs that a re-merge clipped, as their rounds did."""
-    query = select(Contribution).where(Contribution.manifest_digest.in_(contributions.kept(row)))
-    return _clipped(factors_of(session, list(session.scalars(query))))
+    """What a release record says about inputs that a re-merge clips and discounts, as their rounds
+    did.
+    """
+    digests = contributions.kept(row)
+    query = select(Contribution).where(Contribution.manifest_digest.in_(digests))
+    inputs = list(session.scalars(query))
+    found = _clipped(clips_of(session, inputs))
+    for own in _rounds_of(session, inputs).values():
+        found |= continuous.stale_entries(own, digests)
+    return found
 
 
 def _clipped(factors: Factors) -> Recipe:
