@@ -14,7 +14,7 @@ import yaml
 
 from coldmerge import __version__
 from coldmerge.cli.app import app
-from coldmerge.rounds.policy import GatePolicy, MergePolicy, RoundTemplate, Schedule, load_yaml
+from coldmerge.rounds.policy import ContinuousPolicy, GatePolicy, MergePolicy, RoundTemplate, Schedule, load_yaml
 from coldmerge.screening.policy import ScreeningPolicy
 from coldmerge_client.training import TrainConfig
 
@@ -43,13 +43,21 @@ def test_the_sample_round_is_a_valid_template() -> None:
     template = load_yaml(DOCS / "samples" / "round.yaml")
     assert template.schedule is not None
     written = yaml.safe_load((DOCS / "samples" / "round.yaml").read_text())
-    assert set(written) | {"mode"} == set(RoundTemplate.model_fields)
+    assert set(written) | {"mode", "continuous"} == set(RoundTemplate.model_fields)
+
+
+def test_the_sample_of_continuous_rounds_is_a_valid_template() -> None:
+    path = DOCS / "samples" / "continuous.yaml"
+    rule = load_yaml(path).continuous
+    assert rule is not None
+    assert set(yaml.safe_load(path.read_text())["continuous"]) == set(type(rule).model_fields)
 
 
 @pytest.mark.parametrize(
     ("prefix", "policy"),
     [
         ("", RoundTemplate),
+        ("continuous.", ContinuousPolicy),
         ("gate.", GatePolicy),
         ("merge.", MergePolicy),
         ("schedule.", Schedule),
