@@ -15,6 +15,7 @@ from coldmerge.cli.contributor import (
     TimeoutOption,
     session_at,
 )
+from coldmerge.cli.leaving import ask_whether, print_leaving, print_stale
 from coldmerge.cli.output import (
     Format,
     FormatOption,
@@ -23,13 +24,11 @@ from coldmerge.cli.output import (
     out,
     print_json,
     print_record,
-    size,
 )
 
 if TYPE_CHECKING:
     from coldmerge_client.home import Home
     from coldmerge_client.policy import SendPolicy
-    from coldmerge_client.prepare import Leaving
     from coldmerge_client.training import TrainConfig
 
 ConfigOption = Annotated[
@@ -176,23 +175,23 @@ def push(
                         merge=merge_of(found),
                         progress=progress,
                     )
-                    _print_leaving(leaving, fmt, sent=False)
-                    _print_stale(staleness(found, leaving.base_number))
+                    print_leaving(leaving, fmt, sent=False)
+                    print_stale(staleness(found, leaving.base_number))
                     return
                 entry = prepare(
                     session, found, tuned, facts, base=chosen, policy=policy, progress=progress
                 )
             elif dry_run:
-                _print_leaving(describe(entry), fmt, sent=False)
-                _print_stale(staleness(found, entry.manifest.base_number))
+                print_leaving(describe(entry), fmt, sent=False)
+                print_stale(staleness(found, entry.manifest.base_number))
                 return
-        _print_stale(staleness(found, entry.manifest.base_number))
-        if policy.require_approval and not entry.approved and _ask(describe(entry)):
+        print_stale(staleness(found, entry.manifest.base_number))
+        if policy.require_approval and not entry.approved and ask_whether(describe(entry)):
             entry = Outbox(session.home).mark(entry, approved=True)
         with bars(fmt) as progress:
             entry = send(session, entry, policy=policy, progress=progress)
         standing = session.contribution(entry.receipt.contribution) if entry.receipt else None
-    _print_leaving(describe(entry), fmt, sent=True)
+    print_leaving(describe(entry), fmt, sent=True)
     if standing is not None and standing.reason:
         state = type(standing).State.Name(standing.state)
         err.print(f"[yellow]{state}:[/yellow] {standing.reason}", highlight=False)
@@ -210,11 +209,6 @@ def _base(home: Home, round_: Any, base: int | None, source: Path | None) -> int
         return newest
     older = unsent(home, round_)
     return newest if older is None else older
-
-
-def _print_stale(sentence: str | None) -> None:
-    if sentence is not None:
-        err.print(f"[yellow]note:[/yellow] {sentence}.", highlight=False)
 
 
 def _tuned(home: Home, release: Any, source: Path | None, examples: int) -> tuple[Path, Any]:
@@ -241,62 +235,6 @@ def _policy(home: Home, require_approval: bool, bf16: bool) -> SendPolicy:
     return SendPolicy.load(home.policy).narrowed(
         require_approval=require_approval, encoding="bf16" if bf16 else None
     )
-
-
-_MADE_OF = {
-    "fisher": "fisher, how much each weight matters to {:g} of your examples",
-    "gram": "gram, which activations go together over {:g} tokens of your examples",
-    "trim": "trim, the threshold of each tensor at density {:g}: it follows from the tensors",
-}
-
-
-def _ask(leaving: Leaving) -> bool:
-    _print_leaving(leaving, Format.TABLE, sent=False)
-    return typer.confirm("May this leave?", default=False, err=True)
-
-
-def _print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
-    numbers = ", ".join(f"{key} {value:g}" for key, value in leaving.numbers.items())
-    if fmt is Format.JSON:
-        print_json(
-            {
-                "sent": sent,
-                "model": leaving.model,
-                "base": leaving.base_number,
-                "kind": leaving.kind,
-                "encoding": leaving.encoding,
-                "bytes": leaving.payload_bytes,
-                "norm": leaving.norm,
-                "tensors": dict(leaving.tensors),
-                "numbers": dict(leaving.numbers),
-                "statistics": dict(leaving.statistics),
-                "consents": list(leaving.consents),
-                "kept_home": dict(leaving.kept_home),
-                "unchanged": leaving.unchanged,
-            }
-        )
-        return
-    word = "Left" if sent else "Would leave"
-    if leaving.kind == "evaluation":
-        out.print(f"[bold]{word}:[/bold] these numbers and nothing else: {numbers}")
-        return
-    out.print(
-        f"[bold]{word}:[/bold] {len(leaving.tensors)} tensors, {size(leaving.payload_bytes)} in "
-        f"{leaving.encoding}, norm {leaving.norm:.4g}, against release {leaving.base_number} "
-        f"of {leaving.model}. Nothing else.",
-        highlight=False,
-    )
-    if not sent:
-        for name, nbytes in leaving.tensors:
-            out.print(f"  {name}  {size(nbytes)}", highlight=False)
-    out.print(f"[bold]Numbers:[/bold] {numbers}", highlight=False)
-    for kind, value in sorted(leaving.statistics.items()):
-        out.print(f"[bold]Statistic:[/bold] {_MADE_OF[kind].format(value)}", highlight=False)
-    if leaving.consents:
-        out.print("[bold]Consent:[/bold] a bad candidate may be tried without this alone")
-    for name, reason in leaving.kept_home:
-        out.print(f"[bold]Stays home:[/bold] {name} ({reason})", highlight=False)
-    out.print(f"[bold]Unchanged:[/bold] {leaving.unchanged} tensors", highlight=False)
 
 
 def withdraw(
@@ -393,7 +331,7 @@ def contribute(
             terms = Terms(
                 settings,
                 _policy(session.home, require_approval, bf16),
-                approve=_ask,
+                approve=ask_whether,
                 progress=progress,
                 tell=lambda step: err.print(step.text, highlight=False),
             )

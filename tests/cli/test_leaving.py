@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from coldmerge.cli.contributions import _print_leaving
+from coldmerge.cli.leaving import print_leaving
 from coldmerge.cli.output import Format
 from coldmerge_client.prepare import Leaving
 
@@ -28,7 +28,7 @@ LEAVING = Leaving(
 def test_each_statistic_is_named_with_what_it_was_made_of(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _print_leaving(LEAVING, Format.TABLE, sent=False)
+    print_leaving(LEAVING, Format.TABLE, sent=False)
     said = " ".join(capsys.readouterr().out.split())
     assert "layer.weight.gram 64 B" in said
     assert "Statistic: gram, which activations go together over 51200 tokens" in said
@@ -36,5 +36,5 @@ def test_each_statistic_is_named_with_what_it_was_made_of(
 
 
 def test_json_has_them_too(capsys: pytest.CaptureFixture[str]) -> None:
-    _print_leaving(LEAVING, Format.JSON, sent=False)
+    print_leaving(LEAVING, Format.JSON, sent=False)
     assert json.loads(capsys.readouterr().out)["statistics"] == {"gram": 51200, "trim": 0.2}

@@ -14,7 +14,14 @@ import yaml
 
 from coldmerge import __version__
 from coldmerge.cli.app import app
-from coldmerge.rounds.policy import ContinuousPolicy, GatePolicy, MergePolicy, RoundTemplate, Schedule, load_yaml
+from coldmerge.rounds.policy import (
+    ContinuousPolicy,
+    GatePolicy,
+    MergePolicy,
+    RoundTemplate,
+    Schedule,
+    load_yaml,
+)
 from coldmerge.screening.policy import ScreeningPolicy
 from coldmerge_client.training import TrainConfig
 

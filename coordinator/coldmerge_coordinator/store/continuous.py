@@ -138,7 +138,9 @@ def next_opening(session: Session, model: Model, template: RoundTemplate) -> dat
 
 
 def outlook(session: Session, row: Round) -> str:
-    """What to add to the notice of a round that made no release: when the next one opens."""
+    """What to add to a notice of a round that made no release: when the next one opens."""
+    if row.state not in {State.REJECTED, State.ABANDONED}:
+        return ""
     model = releases.get_model(session, row.model)
     opens = next_opening(session, model, parse_template(model.template, f"of model {model.name}"))
     return "" if opens is None else f"; the next round opens at {opens:%Y-%m-%d %H:%M:%S} UTC"

@@ -310,8 +310,7 @@ def _carry_out(session: Session, row: Round, effect: Effect, now: datetime, sign
         row.release_number = _publish(session, row, effect.flags, now, signer).number
         trials.mark(session, row)
     else:
-        failed = State(row.state) in {State.REJECTED, State.ABANDONED}
-        text = effect.text + (continuous.outlook(session, row) if failed else "")
+        text = effect.text + continuous.outlook(session, row)
         body = notices.about_round(row, effect.kind, text, signer.federation)
         notices.insert(session, get_policy(row).webhook, body, now)
 
