@@ -34,7 +34,9 @@ ROOT = 2**-0.5
 def trainer(tmp_path: Path) -> Path:
     """Nudge, which waits for a word in the FIFO `option: word` before it trains."""
     path = tmp_path / "nudge.py"
-    wait = '        if word := self.config.options.get("word"):\n            open(word).read()\n'
+    wait = (
+        '        if word := self.config.options.get("word"):\n            Path(word).read_text()\n'
+    )
     start = "    def train(self, job, progress=None):\n"
     assert start in TRAINER
     path.write_text(TRAINER.replace(start, start + wait))

@@ -20,12 +20,14 @@ TEMPLATE = {
 }
 SLOW = '''
 """The digits' trainer, which waits for a word before it begins."""
+from pathlib import Path
+
 from coldmerge.demo.digits import Digits
 
 
 class Slow(Digits):
     def train(self, job, progress):
-        open(self.config.options["word"]).read()
+        Path(self.config.options["word"]).read_text()
         return super().train(job, progress)
 
     def __init__(self, config):
