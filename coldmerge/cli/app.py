@@ -10,6 +10,7 @@ import typer
 
 from coldmerge.cli import (
     audit,
+    compare,
     contributions,
     contributor,
     coordinator,
@@ -51,6 +52,7 @@ _GROUPS = (
     audit,
     demo,
     simulate,
+    compare,
 )
 for group in _GROUPS:
     group.register(app)

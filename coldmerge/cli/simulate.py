@@ -36,6 +36,17 @@ def simulate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that is in the folder.")
     ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=A,B,…",
+            help="Run it with each of these values, such as round.merge.method=mean,ties; given "
+            "several times, with all combinations. A sweep goes on where it stopped.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Run everything this often, with seed, seed+1, …")
+    ] = 1,
     fmt: FormatOption = Format.TABLE,
 ) -> None:
     """Simulate many contributors with the real coordinator, on this machine or a cluster.
@@ -43,6 +54,13 @@ def simulate(
     A run that was killed goes on with `--resume` and comes to the same digests; every engine
     comes to the same digests for the same seed.
     """
+    if sweep or seeds > 1:
+        from coldmerge.cli.sweep import run_sweep
+
+        texts = sweep or []
+        raise typer.Exit(
+            run_sweep(config, texts, seeds=seeds, seed=seed, engine=engine, folder=folder, fmt=fmt)
+        )
     from coldmerge_simulation import simulate as run
 
     with bars(fmt) as progress:

@@ -170,7 +170,7 @@ def similarity(
     from coldmerge.core.similarity import touched
 
     if picture is not None:
-        _check_picture(picture)
+        check_picture(picture)
     opened = Checkpoint.open(base)
     labels = names_of(models)
     with bars(fmt) as progress:
@@ -202,7 +202,12 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return [f"{one[-1]} ({number})" for number, one in enumerate(parts, 1)]
 
 
-def _check_picture(path: Path) -> None:
+def check_picture(path: Path) -> None:
+    """Refuse a picture that cannot be drawn, before anything is computed.
+
+    Raises:
+        ConfigError: no such kind of file, or the libraries are not installed.
+    """
     if path.suffix not in PICTURES:
         raise ConfigError(
             "report.unknown_picture",

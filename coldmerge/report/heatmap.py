@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import altair as alt
-import vl_convert
 
 from coldmerge.report.charts import FONT, INK, MUTED, Spec
-from coldmerge.report.page import Figure, Page, render
+from coldmerge.report.picture import write_spec
 
 CELL = 66
 MOST_PIXELS = 900
@@ -105,12 +104,4 @@ def _numbers(base: alt.Chart, ticks: Sequence[float], size: int) -> list[alt.Cha
 
 def write_picture(title: str, caption: str, maps: Sequence[Heatmap], path: Path) -> None:
     """Write the maps to `path` as its suffix says: `.svg`, `.png` (twice the size) or `.html`."""
-    spec = heatmaps(maps)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".svg":
-        path.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
-    elif path.suffix == ".png":
-        path.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
-    else:
-        page = Page(title, caption, [], [Figure("", "", spec)])
-        path.write_text(render(page), encoding="utf-8")
+    write_spec(title, caption, heatmaps(maps), path)

@@ -16,10 +16,18 @@ from coldmerge.core.errors import ConfigError
 if TYPE_CHECKING:
     from coldmerge_simulation.config import SimulationConfig
     from coldmerge_simulation.run import Simulation, simulate
+    from coldmerge_simulation.sweeping import Sweep, sweep, variants
 
-__all__ = ["Simulation", "SimulationConfig", "simulate"]
+__all__ = ["Simulation", "SimulationConfig", "Sweep", "simulate", "sweep", "variants"]
 
-_HOMES = {"Simulation": "run", "SimulationConfig": "config", "simulate": "run"}
+_HOMES = {
+    "Simulation": "run",
+    "SimulationConfig": "config",
+    "Sweep": "sweeping",
+    "simulate": "run",
+    "sweep": "sweeping",
+    "variants": "sweeping",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -14,6 +14,7 @@ from coldmerge.report.charts import (
     lineage,
     task_gains,
 )
+from coldmerge.report.runs import RunPoint, run_curves
 
 SPECS: dict[str, Spec] = {
     "curves": accuracy_curves(
@@ -23,6 +24,14 @@ SPECS: dict[str, Spec] = {
             for group, shift in (("seen", 0.0), ("unseen", 8.0))
         ],
         "draws",
+    ),
+    "runs": run_curves(
+        [
+            RunPoint(run, group, release, 60.0 + release, 1.0)
+            for run in ("mean", "ties <2>")
+            for group in ("seen", "unseen")
+            for release in range(3)
+        ]
     ),
     "gains": task_gains([TaskGain("a", "seen", 3.14), TaskGain("<b>", "unseen", -0.04)]),
     "lineage": lineage(
@@ -37,6 +46,7 @@ SPECS: dict[str, Spec] = {
 WORDS = {
     "curves": ["release", "accuracy, points", "63.0", "seen", "unseen"],
     "gains": ["+3.1", "+0.0", "&lt;b&gt;"],
+    "runs": ["seen tasks", "unseen tasks", "mean", "ties &lt;2&gt;", "62"],
     "lineage": ["aaaaaaaa", "cccccccc", "85 MB shipped", "pretrained"],
 }
 
@@ -52,7 +62,7 @@ def test_each_picture_is_json_and_draws(name: str) -> None:
 
 
 def test_pictures_of_nothing_draw() -> None:
-    for spec in (accuracy_curves([], "draws"), task_gains([]), lineage([])):
+    for spec in (accuracy_curves([], "draws"), task_gains([]), lineage([]), run_curves([])):
         assert vl_convert.vegalite_to_svg(spec).startswith("<svg")
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import safetensors.torch
 import torch
 import transformers
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from coldmerge.core.errors import DataError
 from coldmerge.core.progress import Progress, silent
@@ -55,7 +57,6 @@ def linear_probe(
         DataError: rows and labels differ in number, or the labels are all the same.
     """
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
     for features, labels in ((features_train, labels_train), (features_test, labels_test)):
         if len(features) != len(labels) or len(features) == 0:
@@ -75,10 +76,16 @@ def linear_probe(
     mean = features_train.mean(axis=0, dtype=np.float64)
     scale = np.sqrt(features_train.var(dtype=np.float64)) or 1.0
     probe = LogisticRegression(C=STRENGTH, max_iter=MAX_ITERATIONS, random_state=seed)
-    with threadpool_limits(1):  # BLAS threads that spin make this many times slower
+    with _pools().limit(limits=1):  # BLAS threads that spin make this many times slower
         probe.fit((features_train - mean) / scale, labels_train)
     predicted: NDArray[np.int64] = probe.predict((features_test - mean) / scale)
     return predicted.astype(np.int64)
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    """The BLAS libraries, once sklearn has loaded them: looking takes as long as a small probe."""
+    return ThreadpoolController()
 
 
 def embed(
