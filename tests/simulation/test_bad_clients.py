@@ -36,11 +36,12 @@ def test_a_round_goes_on_without_those_that_fail(tmp_path: Path) -> None:
         "org-2": "simulation.nothing_trained",
         "org-3": "extract.not_finite",
         "org-4": codes["org-4"],
-        "org-5": "extract.nothing_changed",
+        "org-5": "extract.no_match",
         "org-6": "push.bad_numbers",
     }
     assert "shape" in codes["org-4"]
-    assert "out of coffee" in line["failed"][0]["message"]
+    said = {item["contributor"]: item["message"] for item in line["failed"]}
+    assert "out of coffee" in said["org-1"]
     assert set(found.contributions["outcome"]) == {"accepted", "failed"}
 
 
