@@ -132,7 +132,8 @@ class Driver:
             try:
                 if _is_due(model, now):
                     self._open_scheduled(model.name, now)
-                self._follow_on(model.name, now)
+                if _template(model).continuous is not None:
+                    self._follow_on(model.name, now)
             except ColdmergeError as error:
                 log.warning("schedule.failed", model=model.name, error=error.message)
 

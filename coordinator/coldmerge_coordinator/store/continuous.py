@@ -127,10 +127,9 @@ def next_opening(session: Session, model: Model, template: RoundTemplate) -> dat
     """When the model's next round opens by itself; None: it does not, or one goes on."""
     if template.continuous is None:
         return None
-    query = select(Round).where(Round.model == model.name)
-    newest = list(
-        session.scalars(query.order_by(Round.opened_at.desc(), Round.id).limit(LOOKED_BACK))
-    )
+    columns = select(Round.state, Round.opened_at, Round.ended_at, Round.active)
+    query = columns.where(Round.model == model.name).order_by(Round.opened_at.desc(), Round.id)
+    newest = session.execute(query.limit(LOOKED_BACK)).all()
     if any(row.active for row in newest):
         return None
     ended = [Ended(State(row.state), row.ended_at or row.opened_at) for row in newest]
