@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -69,11 +69,11 @@ def decide(
                 "before the evaluation window closed",
             ),
         )
-    return _weigh(evaluations, policy)
+    return weigh({item.contributor: gain(item, policy) for item in evaluations}, policy)
 
 
-def _weigh(evaluations: Sequence[Evaluation], policy: GatePolicy) -> Decision:
-    gains = {item.contributor: gain(item, policy) for item in evaluations}
+def weigh(gains: Mapping[str, float], policy: GatePolicy) -> Decision:
+    """Judge a candidate by gains in points, one per evaluator, of whom there are enough."""
     vetoes = sorted(name for name, points in gains.items() if points < -policy.max_loss - _SLACK)
     reasons = []
     if vetoes:

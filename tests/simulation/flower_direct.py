@@ -53,8 +53,14 @@ def told(strategy: Any, arrays: Arrays) -> None:
         strategy.current_arrays = dict(arrays)
 
 
-def ulps(found: Array, expected: Array) -> float:
-    """The largest difference in units of the last place of `expected` in float32."""
+def ulps(found: Array, expected: Array, operands: Sequence[Array] = ()) -> float:
+    """The largest difference in float32's units of the last place of `expected`.
+
+    With `operands`, of the largest of these and `expected` in each element: a sum that cancels
+    cannot be more exact than what it is made of.
+    """
+    largest = np.abs(expected.astype(np.float32))
+    for operand in operands:
+        largest = np.maximum(largest, np.abs(operand.astype(np.float32)))
     apart = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    unit = np.spacing(np.abs(expected.astype(np.float32))).astype(np.float64)
-    return float((apart / unit).max(initial=0))
+    return float((apart / np.spacing(largest).astype(np.float64)).max(initial=0))
