@@ -17,7 +17,7 @@ from coldmerge.merging import Input, Job, Pool, Scope, merger, merger_class, uni
 from coldmerge_simulation import compat
 from coldmerge_simulation.flower_merger import COPIES, GIB, Flower
 from coldmerge_simulation.rules import MERGES, REFUSED, SLOTS
-from tests.simulation.flower_direct import Arrays, aggregated
+from tests.simulation.flower_direct import Arrays, aggregated, ulps
 
 SHAPES = {"a.weight": (13, 7), "b.bias": (11,), "c.scale": (1,), "d.empty": (0, 3), "e": (5, 1)}
 
@@ -50,11 +50,12 @@ def merged(
     clients: list[dict[str, Floats32]],
     weights: list[float] | None = None,
     block: int | None = None,
+    method: str = "flower",
 ) -> dict[str, Floats32]:
     """The merged deltas through the engine."""
     base = Held({name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()})
     inputs = [Input(f"{n:02}", Held(arrays)) for n, arrays in enumerate(clients)]
-    recipe = uniform(merger_class("flower"), parameters, weights or [1.0] * len(clients))
+    recipe = uniform(merger_class(method), parameters, weights or [1.0] * len(clients))
     job = Job(base, SHAPES, inputs, recipe, block)
     found = {name: np.zeros(shape, np.float32).reshape(-1) for name, shape in SHAPES.items()}
     with Pool(2) as pool:
@@ -105,6 +106,32 @@ def test_it_gives_the_bytes_of_flowers_own_class(
     assert {name: values.tobytes() for name, values in found.items()} == {
         name: values.astype(np.float32).tobytes() for name, values in expected.items()
     }
+
+
+OURS: list[tuple[str, dict[str, Any], Any]] = [
+    ("mean", {}, compat.strategy.FedAvg()),
+    ("median", {}, compat.strategy.FedMedian()),
+    ("trimmed_mean", {"trim": 0.2}, compat.strategy.FedTrimmedAvg(beta=0.2)),
+    ("krum", {"attackers": 2}, compat.strategy.Krum(num_malicious_nodes=2)),
+    (
+        "krum",
+        {"attackers": 2, "keep": 5},
+        compat.strategy.MultiKrum(num_malicious_nodes=2, num_nodes_to_select=5),
+    ),
+]
+
+
+@pytest.mark.parametrize("count", [10, 15])
+@pytest.mark.parametrize(
+    ("method", "parameters", "flowers"), OURS, ids=[f"{m}-{len(p)}" for m, p, _ in OURS]
+)
+def test_our_own_methods_are_flowers_within_an_ulp(
+    method: str, parameters: dict[str, Any], flowers: Any, count: int
+) -> None:
+    clients = [draw(seed) for seed in range(count)]
+    found = merged(parameters, clients, method=method)
+    for name, expected in aggregated(flowers, clients).items():
+        assert ulps(found[name], expected, [one[name] for one in clients]) <= 1
 
 
 def test_a_tensor_that_an_input_leaves_out_counts_as_zero() -> None:
