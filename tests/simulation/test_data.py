@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from coldmerge_simulation.data import (
     deal_again,
     make,
     partitioner,
+    serves,
 )
 
 
@@ -67,8 +69,8 @@ WAYS = (
 
 @given(
     st.sampled_from(WAYS),
-    st.lists(st.integers(20, 50), min_size=2, max_size=5),
-    st.integers(1, 10),
+    st.lists(st.integers(8, 40), min_size=2, max_size=9),
+    st.integers(1, 12),
     st.integers(0, 2**32),
 )
 @settings(max_examples=60, deadline=None)
@@ -76,12 +78,29 @@ def test_every_way_deals_all_rows_once_and_two_labels_to_everybody(
     way: Partitioner, held: list[int], count: int, seed: int
 ) -> None:
     labels = [label for label, many in enumerate(held) for _ in range(many)]
+    count = min(count, len(labels) // 8)
     parts = way.deal(pool(labels), count, np.random.default_rng(seed))
     assert len(parts) == count
     assert sorted(position for part in parts for position in part) == list(range(len(labels)))
     assert all(len(part) >= getattr(way, "minimum", 3) for part in parts)
-    assert all(len({labels[position] for position in part}) >= 2 for part in parts)
+    assert all(serves(Counter(labels[position] for position in part)) for part in parts)
     assert parts == way.deal(pool(labels), count, np.random.default_rng(seed))
+
+
+def test_two_hundred_contributors_with_a_handful_each_can_train_and_validate(
+    tmp_path: Path,
+) -> None:
+    way = {"by": "dirichlet", "alpha": 1.0, "minimum": 4}
+    made = make(config(way, tasks=["digits-0123456"]), 200, 0, tmp_path / "data")
+    assert len(made.shares) == 200
+    for share in made.shares:
+        train, validation = (
+            lines(share.folder / f"{part}.jsonl") for part in ("train", "validation")
+        )
+        assert len(train) + len(validation) >= 4
+        assert {row["label"] for row in validation} <= {row["label"] for row in train}
+        assert len({row["label"] for row in train}) >= 2
+        assert validation
 
 
 def test_a_small_alpha_makes_contributors_unlike() -> None:

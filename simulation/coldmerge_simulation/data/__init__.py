@@ -2,7 +2,7 @@
 
 from coldmerge_simulation.data.config import DataConfig
 from coldmerge_simulation.data.making import Share, Shares, make
-from coldmerge_simulation.data.partition import GROUP, Partitioner, Parts, Pool, deal_again
+from coldmerge_simulation.data.partition import GROUP, Partitioner, Parts, Pool, deal_again, serves
 from coldmerge_simulation.data.partitioners import PARTITIONERS
 from coldmerge_simulation.data.registry import partitioner, partitioner_names
 
@@ -19,4 +19,5 @@ __all__ = [
     "make",
     "partitioner",
     "partitioner_names",
+    "serves",
 ]

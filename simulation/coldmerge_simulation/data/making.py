@@ -18,7 +18,7 @@ from coldmerge.demo import folders
 from coldmerge.demo.folders import VALIDATION_SHARE, Task
 from coldmerge_simulation.data import sources
 from coldmerge_simulation.data.config import DataConfig
-from coldmerge_simulation.data.partition import LEAST, Parts, Pool
+from coldmerge_simulation.data.partition import LEAST, Parts, Pool, serves
 from coldmerge_simulation.data.partitioners import check_room
 from coldmerge_simulation.data.sources import Source
 
@@ -157,16 +157,17 @@ def _check_parts(parts: Parts, pool: Pool, count: int, name: str) -> None:
             hint="Correct the partitioner's `deal`.",
         )
     for part in parts:
-        if len(part) < LEAST:
+        counts = Counter(pool.labels[part].tolist())
+        if len(counts) == 1 and len(part) >= LEAST:
+            raise _one_class(f"A contributor to {pool.task} would have examples of one label only")
+        if not serves(counts):
             raise DataError(
                 "simulation.share_too_small",
                 f"The partitioner {name} leaves a contributor to {pool.task} too little.",
-                expected=f"at least {LEAST} examples for each",
-                got=len(part),
+                expected=f"at least {LEAST} examples for each, two of them of one label",
+                got=f"{len(part)} examples of {len(counts)} labels",
                 hint="Take fewer contributors, or another data.partition.",
             )
-        if len(set(pool.labels[part].tolist())) < 2:
-            raise _one_class(f"A contributor to {pool.task} would have examples of one label only")
 
 
 def _one_class(what: str) -> DataError:

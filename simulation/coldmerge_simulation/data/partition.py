@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +23,8 @@ Parts = list[list[int]]
 """For each contributor the positions of its rows; no position twice."""
 
 LEAST = 3
-"""Examples a contributor needs: two labels to train on, and one to validate with."""
+"""Examples a contributor needs: of two labels to train on, and a second one of either, which
+validates."""
 
 
 @dataclass(frozen=True)
@@ -59,27 +61,33 @@ class Partitioner(Settings, ABC):
         return {"by": self.name, **values(self)}
 
 
-def deal_again(parts: Parts, labels: NDArray[np.int64], minimum: int = LEAST) -> Parts:
-    """Parts of at least `minimum` rows and two labels each, with as few moves as that takes.
+def serves(counts: Mapping[int, int]) -> bool:
+    """Whether examples, so many of each label, can be trained on and validated with."""
+    held = [count for count in counts.values() if count > 0]
+    return len(held) >= 2 and max(held) >= 2
 
-    Rows come from the largest part, of the label it holds most of; a part of one label
-    swaps one row. Where that cannot be had, the parts stay as they are.
+
+def deal_again(parts: Parts, labels: NDArray[np.int64], minimum: int = LEAST) -> Parts:
+    """Parts of at least `minimum` rows that each `serves`, with as few moves as that takes.
+
+    Rows come from the largest part, of the label it holds most of; a part that does not
+    serve swaps one row. Where that cannot be had, the parts stay as they are.
     """
     found = [list(part) for part in parts]
     if sum(map(len, found)) < minimum * len(found):
         return found
     while len(min(found, key=len)) < minimum:
         rich, poor = max(found, key=len), min(found, key=len)
-        poor.append(rich.pop(_place_of(rich, labels, _most_held(rich, labels))))
+        most = _counts(rich, labels).most_common()
+        poor.append(rich.pop(_place_of(rich, labels, min((-n, label) for label, n in most)[1])))
     for part in found:
-        if len({int(labels[position]) for position in part}) == 1:
+        if not serves(_counts(part, labels)):
             _swap_one(part, found, labels)
     return found
 
 
-def _most_held(part: list[int], labels: NDArray[np.int64]) -> int:
-    counts = Counter(int(labels[position]) for position in part)
-    return min(counts, key=lambda label: (-counts[label], label))
+def _counts(part: list[int], labels: NDArray[np.int64]) -> Counter[int]:
+    return Counter(int(labels[position]) for position in part)
 
 
 def _place_of(part: list[int], labels: NDArray[np.int64], label: int) -> int:
@@ -87,13 +95,17 @@ def _place_of(part: list[int], labels: NDArray[np.int64], label: int) -> int:
 
 
 def _swap_one(part: list[int], parts: Parts, labels: NDArray[np.int64]) -> None:
-    """Give `part`, all of one label, a row of another for one of its own."""
-    own = int(labels[part[0]])
+    """Swap a row of `part` for one of another part, if both of them serve afterwards."""
+    mine = _counts(part, labels)
     for donor in sorted(parts, key=len, reverse=True):
-        counts = Counter(int(labels[position]) for position in donor if labels[position] != own)
-        # Afterwards the donor must still show two labels, of which `own` is one.
-        if donor is not part and sum(counts.values()) >= 2:
-            given = min(counts, key=lambda label: (-counts[label], label))
-            place = _place_of(donor, labels, given)
-            donor[place], part[-1] = part[-1], donor[place]
-            return
+        theirs = _counts(donor, labels)
+        for given, taken in product(sorted(mine), sorted(theirs)):
+            trade = Counter({taken: 1})
+            trade[given] -= 1
+            after = [mine.copy(), theirs.copy()]
+            after[0].update(trade)
+            after[1].subtract(trade)
+            if donor is not part and all(map(serves, after)):
+                here, there = _place_of(part, labels, given), _place_of(donor, labels, taken)
+                part[here], donor[there] = donor[there], part[here]
+                return
