@@ -9,25 +9,25 @@ from __future__ import annotations
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import State
-from coldmerge_coordinator.store import contributions
+from coldmerge_coordinator.store import contributions, rounds
 from coldmerge_coordinator.store.models import Round
-from coldmerge_simulation import conduct, data
+from coldmerge_simulation import data
+from coldmerge_simulation.arrivals import Arrivals, Coming, Continuous, Windowed
 from coldmerge_simulation.client_app import PAYLOAD
 from coldmerge_simulation.compat import Grid
-from coldmerge_simulation.conduct import Attack, Conduct
 from coldmerge_simulation.config import SimulationConfig
 from coldmerge_simulation.desk import Desk, meet
 from coldmerge_simulation.folder import RunFolder, replace_file
-from coldmerge_simulation.hub import Hub
+from coldmerge_simulation.hub import START, Hub
 from coldmerge_simulation.models import train_settings
 from coldmerge_simulation.orders import EVALUATE, TRAIN, Answer, Order
 from coldmerge_simulation.scoring import Scoring
@@ -35,6 +35,7 @@ from coldmerge_simulation.scoring import Scoring
 DAY = timedelta(days=1)
 """How long a round takes that has no duration of its own: simulated time costs nothing."""
 STARTED = "round.json"
+_ADMITTED = contributions.ADMITTED
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,20 @@ def drive(grid: Grid, folder: RunFolder, setting: Setting, progress: Progress = 
         at_a_time = setting.at_a_time or config.at_a_time
         desk = Desk(grid, nodes, at_a_time, config.patience.total_seconds())
         scoring = Scoring(folder, config, shares)
-        run = _Run(config, folder, hub, desk, nodes, setting, scoring, progress)
-        run.names = shares.names
+        arrivals = _arrivals(config, folder, hub, shares.names)
+        run = _Run(config, folder, hub, desk, nodes, setting, arrivals, scoring, progress)
         run.all_rounds()
+
+
+def _arrivals(
+    config: SimulationConfig, folder: RunFolder, hub: Hub, names: tuple[str, ...]
+) -> Arrivals:
+    """Who comes from here on: after the last round that the journal has."""
+    if config.round.continuous is None:
+        return Windowed(config, names)
+    done = folder.journal()
+    release = hub.release_before(len(done) + 1)
+    return Continuous(config, names, done[-1]["under_way"] if done else None, START, release)
 
 
 @dataclass
@@ -75,6 +87,7 @@ class _Entry:
     dropped: list[str] = field(default_factory=list)
     attackers: list[str] = field(default_factory=list)
     silent: list[dict[str, str]] = field(default_factory=list)
+    turns: dict[str, int] = field(default_factory=dict)
 
     def note(self, to: list[dict[str, str]], name: str, error: ColdmergeError) -> None:
         """Write down why somebody's contribution or evaluation does not count."""
@@ -92,9 +105,9 @@ class _Run:
     desk: Desk
     nodes: Mapping[str, int]
     setting: Setting
+    arrivals: Arrivals
     scoring: Scoring
     progress: Progress
-    names: tuple[str, ...] = ()
     heads: dict[str, int] = field(default_factory=dict)
     holding: set[tuple[int, str]] = field(default_factory=set)
 
@@ -116,18 +129,19 @@ class _Run:
     def _remember(self, line: Mapping[str, Any]) -> None:
         """A contributor goes on from the head of the last round that took its contribution."""
         for name in line["accepted"]:
-            self.heads[name] = line["round"]
+            self.heads[name] = line["turns"].get(name, line["round"])
 
     def _round(self, number: int) -> dict[str, Any]:
         row = self.hub.open_round(number, self._policy())
+        self.arrivals.begin(row, number)
         entry = _Entry(number)
         if row.state == State.OPEN:
             self._admit_all(row, entry)
             row = self.hub.close_admission(row.id)
+            self._note_arrivals(entry)
             self.folder.write(STARTED, vars(entry))
         else:
-            said = self.folder.read(STARTED) or {}
-            entry = _Entry(**said) if said.get("number") == number else entry
+            self._come_back(row, entry)
         while State(row.state).active:
             if row.state == State.CANDIDATE:
                 self._judge(row, entry)
@@ -138,68 +152,71 @@ class _Run:
                 row = self.hub.get(row.id)
         if row.release_number is not None:
             self._score(number)
+        latest = self.hub.latest()
+        self.arrivals.end(self.hub.clock.now(), (latest.number, latest.content_digest))
         return self._line(row, entry)
+
+    def _come_back(self, row: Round, entry: _Entry) -> None:
+        """Go on with a round whose admission was over: with what was written down of it."""
+        self._admit_all(row, entry)
+        self._note_arrivals(entry)
+        said = self.folder.read(STARTED) or {}
+        if said.get("number") == entry.number:
+            vars(entry).update(said)
+
+    def _note_arrivals(self, entry: _Entry) -> None:
+        about = self.arrivals.about()
+        entry.dropped, entry.attackers = about["dropped"], about["attackers"]
+        entry.late = sorted({*entry.late, *about["late"]})
 
     def _policy(self) -> RoundPolicy:
         policy = self.config.round.policy()
-        return policy if policy.duration else policy.model_copy(update={"duration": DAY})
+        if policy.duration or policy.continuous:
+            return policy
+        return policy.model_copy(update={"duration": DAY})
 
     def _admit_all(self, row: Round, entry: _Entry) -> None:
-        """Ask everybody who takes part, and admit what they send in the order of arrival."""
-        plan = self._conduct(entry.number)
-        arrivals = self._arrivals(row, plan, entry)
-        attacks = {turn.name: turn.attack for turn in plan.arrivals if turn.attack}
-        known = self.hub.admitted(row.id)
-        expected = [name for name in arrivals if name not in known]
-        title, done = f"round {entry.number}: training", len(arrivals) - len(expected)
-        self.progress(title, done, len(arrivals))
-        training = self._training(row, entry.number, expected, arrivals, attacks)
-        for order, answer in self.desk.ask(training):
-            name = order.contributor
-            if self.hub.pass_time(arrivals[name], row.id).state != State.OPEN:
-                entry.late += [n for n in expected if arrivals[n] >= arrivals[name]]
-                return
-            self._admit(row, name, answer, arrivals[name], entry)
-            done += 1
-            self.progress(title, done, len(arrivals))
+        """Ask those who take part, and admit what they send in the order of arrival.
 
-    def _conduct(self, number: int) -> Conduct:
-        config = self.config
-        return conduct.plan(config.participation, config.attackers, config.seed, number, self.names)
-
-    def _arrivals(self, row: Round, plan: Conduct, entry: _Entry) -> dict[str, datetime]:
-        """When whose contribution arrives, in that order; the others are noted.
-
-        Who will be too late, as far as is known beforehand, is not asked to train.
+        No more are asked than the round still takes. What was admitted before a crash is only
+        counted: of a round that is sealed, that is all.
         """
-        found = {
-            turn.name: row.opened_at + timedelta(seconds=turn.seconds) for turn in plan.arrivals
-        }
-        entry.dropped = [turn.name for turn in plan.turns if turn.drops]
-        entry.attackers = [turn.name for turn in plan.arrivals if turn.attack]
-        entry.late = [n for n, at in found.items() if row.closes_at and at >= row.closes_at]
-        return {name: at for name, at in found.items() if name not in entry.late}
+        known = self.hub.admitted(row.id)
+        most, counted, done = rounds.get_policy(row).seals_at, 0, 0
+        title = f"round {entry.number}: training"
+        total = most or self.config.contributors
+        while coming := self.arrivals.take(None if most is None else most - counted):
+            fresh = {one.name: one for one in coming if one.name not in known}
+            if row.state != State.OPEN:
+                fresh = {}
+            entry.turns |= {one.name: one.turn for one in coming}
+            counted += sum(known[o.name].state == _ADMITTED for o in coming if o.name in known)
+            for order, answer in self.desk.ask(self._training(row, list(fresh.values()))):
+                done += 1
+                self.progress(title, len(known) + done, max(total, len(known) + done))
+                one = fresh[order.contributor]
+                if self.hub.pass_time(one.at, row.id).state != State.OPEN:
+                    entry.late.append(one.name)
+                    continue
+                counted += self._admit(row, one, answer, entry)
+            if most is not None and counted >= most:
+                return
 
-    def _training(
-        self,
-        row: Round,
-        number: int,
-        names: list[str],
-        arrivals: Mapping[str, datetime],
-        attacks: Mapping[str, Attack],
-    ) -> Iterator[Order]:
+    def _training(self, row: Round, coming: Sequence[Coming]) -> Iterator[Order]:
         merge = self.config.round.merge.model_dump(mode="json")
         private = self.hub.private()
-        for name in names:
+        for one in coming:
             values = {
-                **self._about(row, number),
-                "now": arrivals[name].isoformat(),
+                **self._about(row, one.turn),
+                "base_digest": one.base_digest,
+                "base_number": one.base_number,
+                "now": one.at.isoformat(),
                 "merge": merge,
                 "private": private,
-                "head": self.heads.get(name),
-                "attack": attacks[name].model_dump(mode="json") if name in attacks else None,
+                "head": self.heads.get(one.name),
+                "attack": None if one.attack is None else one.attack.model_dump(mode="json"),
             }
-            yield self._order(TRAIN, name, values, (row.base_digest,))
+            yield self._order(TRAIN, one.name, values, (one.base_digest,))
 
     def _about(self, row: Round, number: int) -> dict[str, Any]:
         return {
@@ -230,20 +247,24 @@ class _Run:
                 }
         return Order(kind, name, values, files)
 
-    def _admit(self, row: Round, name: str, answer: Answer, at: datetime, entry: _Entry) -> None:
+    def _admit(self, row: Round, one: Coming, answer: Answer, entry: _Entry) -> bool:
+        """Whether it counts."""
+        name = one.name
         payload = self.folder.outbox(row.id) / f"{name}.safetensors"
         if answer.error is not None:
             entry.note(entry.failed, name, answer.error)
-            return
+            return False
         try:
             if PAYLOAD in answer.files:
                 payload.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(payload, answer.files[PAYLOAD])
-            self.hub.admit(name, answer.signed(), payload, at)
+            found = self.hub.admit(name, answer.signed(), payload, one.at)
         except ColdmergeError as error:
             entry.note(entry.refused, name, error)
+            return False
         finally:
             payload.unlink(missing_ok=True)
+        return found.state == _ADMITTED
 
     def _judge(self, row: Round, entry: _Entry) -> None:
         """Ask for evaluations of the candidate until the gate has decided."""
@@ -293,16 +314,18 @@ class _Run:
             "reason": row.reason,
             "base": row.base_number,
             "release": row.release_number,
-            "accepted": sorted(n for n, s in states.items() if s == contributions.ADMITTED),
-            "quarantined": sorted(n for n, s in states.items() if s != contributions.ADMITTED),
+            "accepted": sorted(n for n, s in states.items() if s == _ADMITTED),
+            "quarantined": sorted(n for n, s in states.items() if s != _ADMITTED),
             **{key: value for key, value in vars(entry).items() if key != "number"},
+            "turns": entry.turns if self.config.round.continuous else {},
+            "under_way": self.arrivals.state(),
             "simulated_time": self.hub.clock.now().isoformat(),
         }
 
     def _tidy(self, round_id: str) -> None:
         """Remove what no later round needs."""
         shutil.rmtree(self.folder.outbox(round_id), ignore_errors=True)
-        kept = self.hub.latest().content_digest[:32]
+        kept = {self.hub.latest().content_digest, *self.arrivals.bases()}
         for path in self.folder.models.glob("*"):
-            if path.name != kept:
+            if path.name not in {digest[:32] for digest in kept}:
                 shutil.rmtree(path, ignore_errors=True)

@@ -16,7 +16,7 @@ from coldmerge.core.documents import Signed
 from coldmerge.core.errors import ConflictError
 from coldmerge.core.files import CHUNK_BYTES, PositionalFile
 from coldmerge.core.task_vector import TaskVector
-from coldmerge.rounds.policy import RoundPolicy
+from coldmerge.rounds.policy import RoundPolicy, parse_template
 from coldmerge.rounds.state import Abandon, Event, Resolve, State, Tick
 from coldmerge_coordinator import exporting, setup
 from coldmerge_coordinator.auth import Caller
@@ -26,7 +26,7 @@ from coldmerge_coordinator.service import evaluations
 from coldmerge_coordinator.service.intake import Intake
 from coldmerge_coordinator.service.refusals import Refusals
 from coldmerge_coordinator.service.uploads import LiveUpload, sweep
-from coldmerge_coordinator.store import Store, contributions, people, releases, rounds
+from coldmerge_coordinator.store import Store, continuous, contributions, people, releases, rounds
 from coldmerge_coordinator.store.models import Contribution, Machine, Release, Round
 from coldmerge_coordinator.worker import Worker
 from coldmerge_simulation import derive
@@ -133,6 +133,14 @@ class Hub:
         with self.store.database.read() as session:
             return releases.latest_release(session, self.model)
 
+    def release_before(self, number: int) -> tuple[int, str]:
+        """Number and digest of the release that was the latest before the n-th round opened."""
+        row = self.round(number)
+        if row is not None:
+            return row.base_number, row.base_digest
+        latest = self.latest()
+        return latest.number, latest.content_digest
+
     def private(self) -> tuple[str, ...]:
         """The model's private patterns."""
         with self.store.database.read() as session:
@@ -143,7 +151,7 @@ class Hub:
         known = self.round(number)
         if known is not None:
             return known
-        self.clock.move_to(self.clock.now() + PAUSE)
+        self.clock.move_to(self._next_opening())
         seed = derive.number(self.config.seed, "probe", number)
         with self.store.database.write() as session:
             return rounds.open_round(
@@ -154,6 +162,14 @@ class Hub:
                 round_id=self.round_id(number),
                 probe_seed=seed,
             )
+
+    def _next_opening(self) -> datetime:
+        """When the next round opens: continuous ones as their policy says, others after a pause."""
+        with self.store.database.read() as session:
+            model = releases.get_model(session, self.model)
+            template = parse_template(model.template, "of the simulation")
+            opens = continuous.next_opening(session, model, template)
+        return opens or self.clock.now() + PAUSE
 
     def admitted(self, round_id: str) -> dict[str, Contribution]:
         """Who has contributed to a round so far: counted, or waiting in quarantine."""
@@ -216,7 +232,7 @@ class Hub:
         if row.state == State.OPEN and row.closes_at is not None:
             row = self.pass_time(row.closes_at, round_id)
         if row.state == State.OPEN:  # it was extended, and nobody will come
-            row = self.move(round_id, Abandon(row.reason or "too few contributions came"))
+            row = self.move(round_id, Abandon(row.reason or "nobody comes any more"))
         return row
 
     def merge(self) -> None:

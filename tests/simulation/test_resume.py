@@ -9,10 +9,12 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from coldmerge_simulation import simulate
+from coldmerge_coordinator.store import Store, releases
+from coldmerge_simulation import Simulation, simulate
 from tests.simulation.settings import digests, settings
 from tests.support import until
 
@@ -67,3 +69,65 @@ def test_local_killed_within_a_round(tmp_path: Path) -> None:
 def test_ray_killed_within_a_round(tmp_path: Path) -> None:
     resumed, whole = killed_and_resumed(tmp_path, "ray", after=6)
     assert resumed == whole
+
+
+class Interrupted(Exception):  # noqa: N818 - stands for what ends a process
+    """The simulation ends here."""
+
+
+def interrupted_and_resumed(tmp_path: Path, values: dict[str, Any], after: int) -> Simulation:
+    """A run that ends after so many reports of progress, and goes on."""
+    heard = 0
+
+    def progress(step: str, done: int, total: int) -> None:
+        nonlocal heard
+        heard += 1
+        if heard == after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        simulate(values, out=tmp_path / "run", progress=progress)
+    return simulate(values, out=tmp_path / "run", resume=True)
+
+
+GATED = {"min_contributions": 3, "gate": {"max_loss": 100, "min_mean_gain": -100}}
+BEHAVIOUR = {
+    "participation": {"dropout": 0.2, "duration": {"distribution": "exponential"}},
+    "attackers": [{"count": 1, "kind": "nan"}],
+}
+CONTINUOUS = {"min_contributions": 2, "continuous": {"max_staleness": 2}, "gate": None}
+
+
+@pytest.mark.parametrize("policy", [GATED, CONTINUOUS], ids=["windowed", "continuous"])
+def test_wherever_a_run_is_interrupted_it_comes_to_the_same_end(
+    tmp_path: Path, policy: dict[str, Any]
+) -> None:
+    values = settings(rounds=3, contributors=5, round=policy, **BEHAVIOUR)
+    whole = simulate(values, out=tmp_path / "whole")
+    assert len(digests(whole)) > 2
+    for after in (2, 5, 7, 11):
+        resumed = interrupted_and_resumed(tmp_path / str(after), values, after)
+        assert digests(resumed) == digests(whole)
+        assert told(resumed) == told(whole)
+
+
+def told(found: Simulation) -> list[dict[str, Any]]:
+    """The journal, without what may differ: time and memory, of the machine and simulated."""
+    free = {"seconds", "peak_bytes", "simulated_time", "under_way"}
+    return [{k: v for k, v in line.items() if k not in free} for line in found.values["rounds"]]
+
+
+def test_continuous_rounds_merge_stale_contributions_for_less(tmp_path: Path) -> None:
+    values = settings(rounds=4, contributors=5, round=CONTINUOUS, **BEHAVIOUR)
+    found = simulate(values, out=tmp_path / "run")
+    with Store.open(tmp_path / "run" / "hub") as store, store.database.read() as session:
+        records = [releases.get_record(row) for row in releases.list_releases(session, "tiny")]
+    factors = [
+        value
+        for record in records
+        for key, value in record.recipe.items()
+        if key.startswith("continuous.factor.")
+    ]
+    assert factors
+    assert all(isinstance(value, float) and 0 < value < 1 for value in factors)
+    assert all(len(line["accepted"]) == 2 for line in found.values["rounds"])
