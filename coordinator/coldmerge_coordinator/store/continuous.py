@@ -53,6 +53,8 @@ def stale_inputs(
 ) -> dict[str, AdmittedBase]:
     """Manifest digest → base, of those inputs that were trained before the round's base."""
     bases = bases_of(session, row)
+    if not any(base.staleness for base in bases):
+        return {}
     found = {
         item.manifest_digest: base_in(bases, contributions.get_manifest(item)) for item in inputs
     }

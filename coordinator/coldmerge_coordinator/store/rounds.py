@@ -33,7 +33,8 @@ from coldmerge_coordinator.store import (
 )
 from coldmerge_coordinator.store.lineage import replay_of
 from coldmerge_coordinator.store.models import Contributor, Evaluation, Release, Round
-from coldmerge_coordinator.store.releases import Recipe, Signer
+from coldmerge_coordinator.store.recipe import recipe_of
+from coldmerge_coordinator.store.releases import Signer
 
 
 def get(session: Session, round_id: str, *, lock: bool = False) -> Round:
@@ -327,7 +328,7 @@ def _publish(
         )
     again, parent = replay_of(row), row.base_digest
     if again is None:
-        how = recipe(get_policy(row), row) | trials.note(row)
+        how = recipe_of(get_policy(row), row)
     else:
         parent = releases.get_release(session, row.model, again.start).content_digest
         how = again.recipe() | screening.in_replay(session, row)
@@ -346,16 +347,6 @@ def _publish(
         contributions=tuple(contributions.kept(row)),
         flags=flags,
     )
-
-
-def recipe(policy: RoundPolicy, row: Round) -> Recipe:
-    """What a release record says about how a round merged."""
-    merge = policy.merge
-    found: Recipe = {"method": merge.method, "weights": merge.weights, "mode": policy.mode}
-    found |= {f"parameters.{key}": value for key, value in merge.parameters.items()}
-    if merge.outer["method"] != "none":
-        found |= {f"outer.{key}": value for key, value in merge.outer.items()}
-    return found | screening.in_recipe(row, policy)
 
 
 def record_evaluation(
