@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from coldmerge.core import strict_json
 from coldmerge.core.checkpoint_writer import INDEX as INDEX
 from coldmerge.core.checkpoint_writer import SINGLE as SINGLE
 from coldmerge.core.checkpoint_writer import CheckpointWriter as CheckpointWriter
@@ -23,7 +24,6 @@ from coldmerge.core.dtypes import FLOATS, NUMPY, Floats32, to_float32
 from coldmerge.core.errors import CheckpointError, NotFoundError
 from coldmerge.core.files import PositionalFile
 from coldmerge.core.header import Header, TensorSpec, parse_header
-from coldmerge.core.strict_json import unique
 
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -170,7 +170,7 @@ class Checkpoint:
 def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
     """A JSON object from a file of a model folder.
 
-    `strict` is for files that decide what tensors mean: no key may stand twice in them.
+    `strict` is for files that decide what tensors mean: see `strict_json`.
 
     Raises:
         CheckpointError: the file is missing, too large, or not a JSON object.
@@ -179,7 +179,7 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
         raw = path.read_bytes()
-        body = json.loads(raw, object_pairs_hook=unique if strict else None)
+        body = strict_json.loads(raw) if strict else json.loads(raw)
         if not isinstance(body, dict):
             raise TypeError(f"it is a {type(body).__name__}, not an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:

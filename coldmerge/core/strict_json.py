@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 
-def loads(text: str) -> Any:
+def loads(text: str | bytes) -> Any:
     """Read JSON whose tables name each key once; NaN and infinities are not JSON.
 
     Raises:
