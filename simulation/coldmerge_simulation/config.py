@@ -101,8 +101,6 @@ class SimulationConfig(Settings):
                 f"round.min_contributions is {least}, and there are {self.contributors} "
                 "contributors: no round would ever have enough"
             )
-        if self.round.continuous is not None:
-            raise ValueError("round.continuous is not simulated yet: leave it out")
         return self
 
     @classmethod
