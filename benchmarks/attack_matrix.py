@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -127,8 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = [pool.submit(run, cell, options.contributors, options.rounds) for cell in todo]
         for job in as_completed(jobs):
             rows.append(job.result())
-            if options.format == "text":
-                print(f"{len(rows)} of {len(todo)}", end="\r", flush=True)
+            print(f"\r{len(rows)} of {len(todo)} runs", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
     rows.sort(key=lambda row: todo.index(Cell(*(row[key] for key in Cell._fields))))
     seconds = round(time.monotonic() - started, 1)
     about = {key: getattr(options, key) for key in ("contributors", "rounds", "seeds")}
