@@ -166,8 +166,8 @@ class _Run:
 
     def _note_arrivals(self, entry: _Entry) -> None:
         about = self.arrivals.about()
-        entry.dropped, entry.attackers = about["dropped"], about["attackers"]
-        entry.late = sorted({*entry.late, *about["late"]})
+        entry.dropped, entry.late = about["dropped"], about["late"]
+        entry.attackers = about["attackers"]
 
     def _policy(self) -> RoundPolicy:
         policy = self.config.round.policy()
@@ -195,9 +195,6 @@ class _Run:
                 done += 1
                 self.progress(title, len(known) + done, max(total, len(known) + done))
                 one = fresh[order.contributor]
-                if self.hub.pass_time(one.at, row.id).state != State.OPEN:
-                    entry.late.append(one.name)
-                    continue
                 counted += self._admit(row, one, answer, entry)
             if most is not None and counted >= most:
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ import pytest
 from coldmerge.core.errors import ConfigError, UnavailableError
 from coldmerge_simulation import simulate
 from coldmerge_simulation.compat import OFFLINE
-from coldmerge_simulation.engines import superlink
+from coldmerge_simulation.engines import ray, superlink
 from coldmerge_simulation.folder import RunFolder
 from tests.simulation.settings import digests, settings
 from tests.support import free_ports
@@ -26,10 +27,10 @@ def test_ray_and_local_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     values = settings(rounds=1, round=GATED)
     local = simulate(values, out=tmp_path / "local")
-    ray = simulate(values, engine="ray", out=tmp_path / "ray")
-    assert digests(ray) == digests(local)
-    assert len(digests(ray)) == 2
-    assert ray.values["rounds"][0]["reason"] == local.values["rounds"][0]["reason"]
+    run = simulate(values, engine="ray", out=tmp_path / "run")
+    assert digests(run) == digests(local)
+    assert len(digests(run)) == 2
+    assert run.values["rounds"][0]["reason"] == local.values["rounds"][0]["reason"]
 
 
 def test_a_cluster_that_does_not_answer_is_an_error(
@@ -87,3 +88,13 @@ def test_the_sample_connection_is_what_the_engine_writes(tmp_path: Path) -> None
     )
     sample = tomllib.loads((SAMPLES / "config.toml").read_text())
     assert tomllib.loads((home / "config.toml").read_text()) == sample
+
+
+def test_a_port_that_is_taken_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(ray, "free_ports", lambda _count: [port])
+        with pytest.raises(UnavailableError, match=r"simulation\.program_failed") as caught:
+            simulate(settings(), engine="ray", out=tmp_path / "run")
+    assert "log" in caught.value.ids
