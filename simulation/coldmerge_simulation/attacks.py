@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,18 +119,20 @@ def _norm(vector: TaskVector) -> float:
 def flip_labels(how: Attack, folder: Path, out: Path, seed: int) -> Path:
     """Copy a contributor's data with wrong labels in its training part, and return the copy.
 
-    A share `how.amount` of the examples gets the next label, after the last one the first.
+    A share `how.amount` of the examples gets another label, drawn at random. (If each label
+    were replaced by one other, heads being private, nothing at all would be wrong.)
     """
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(folder, out)
     path = out / "train.jsonl"
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    kinds = sorted(Counter(row["label"] for row in rows), key=str)
-    following = dict(zip(kinds, [*kinds[1:], *kinds[:1]], strict=True))
+    kinds = sorted({row["label"] for row in rows}, key=str)
     draw = np.random.default_rng(list(hashlib.sha256(f"labels/{seed}".encode()).digest()))
     count = math.ceil(how.amount * len(rows))
     for position in draw.permutation(len(rows))[:count].tolist():
-        rows[position]["label"] = following[rows[position]["label"]]
+        others = [kind for kind in kinds if kind != rows[position]["label"]]
+        if others:
+            rows[position]["label"] = others[int(draw.integers(len(others)))]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return out

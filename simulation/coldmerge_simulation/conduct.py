@@ -98,7 +98,7 @@ class Attack(Settings):
 
     `sign_flip`: −strength·τ. `scale`: strength·τ. `noise`: τ and normal noise, in each tensor
     strength times as large as τ there. `label_flip`: what it learns when a share `strength`
-    of its training examples has the next label. `nan`: τ with a NaN in each tensor.
+    of its training examples has another label, drawn at random. `nan`: τ with a NaN in each tensor.
     """
 
     kind: Kind
