@@ -23,17 +23,35 @@ whoever sees the candidates with and without it can compute it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from coldmerge.core import yaml_file
+from coldmerge.core import strict_json, yaml_file
 from coldmerge.core.documents import LEAVE_ONE_OUT, Encoding, Statistic
-from coldmerge.core.errors import ConfigError
+from coldmerge.core.errors import ConfigError, IntegrityError
 from coldmerge.core.validation import first_problem
+
+
+def section(round_policy: str, name: str) -> dict[str, Any]:
+    """What a section of a round's policy (JSON, as the coordinator sent it) says.
+
+    Raises:
+        IntegrityError: it is not what a coordinator sends.
+    """
+    try:
+        found = strict_json.loads(round_policy or "{}").get(name)
+        return dict(found or {})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(
+            "push.bad_round_policy",
+            f"The coordinator sent a round whose policy cannot be read: {error}.",
+            expected="a JSON object of sections",
+            got=round_policy[:80],
+            hint="Compare `coldmerge --version` on both sides, and ask the coordinator's admin.",
+        ) from error
 
 
 class SendPolicy(BaseModel):
@@ -79,7 +97,7 @@ class SendPolicy(BaseModel):
 
     def consents(self, round_policy: str) -> tuple[Literal["leave_one_out"], ...]:
         """What we agree to in a round whose policy (JSON) asks for it."""
-        gate = json.loads(round_policy or "{}").get("gate") or {}
+        gate = section(round_policy, "gate")
         asked = self.allow_leave_one_out and gate.get("isolate_singles")
         return (LEAVE_ONE_OUT,) if asked else ()
 

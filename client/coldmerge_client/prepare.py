@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 import tempfile
@@ -29,7 +28,7 @@ from coldmerge_client.bases import base_of
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import PAYLOAD, Outbox, OutboxEntry
 from coldmerge_client.papers import Addressed
-from coldmerge_client.policy import SendPolicy
+from coldmerge_client.policy import SendPolicy, section
 from coldmerge_client.pull import Pulled
 from coldmerge_client.session import Session
 
@@ -145,8 +144,9 @@ def merge_of(round_: common_pb2.Round) -> MergePolicy:
 
     Raises:
         ConfigError: a parameter is not what it should be.
+        IntegrityError: the policy cannot be read.
     """
-    said = json.loads(round_.policy_json or "{}").get("merge", {})
+    said = section(round_.policy_json, "merge")
     known = {key: said[key] for key in ("method", "parameters") if key in said}
     return parse_template({"merge": known}, f"of {round_.id}").merge
 

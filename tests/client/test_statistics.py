@@ -159,6 +159,11 @@ def test_what_a_newer_coordinator_adds_to_its_policy_is_not_looked_at() -> None:
     )
 
 
+@pytest.mark.parametrize("said", ["{", "[]", '{"merge": "ties"}', '{"merge": 1}', "[" * 10_000])
+def test_a_policy_that_no_coordinator_sends_is_refused(said: str) -> None:
+    refused("push.bad_round_policy", lambda: merge_of(common_pb2.Round(id="r", policy_json=said)))
+
+
 @pytest.fixture
 def fruit(coordinator: Coordinator, tmp_path: Path) -> TrainConfig:
     """A second model at the coordinator, which transformers can load; how to train it."""
