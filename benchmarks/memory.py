@@ -28,6 +28,11 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def tree(pid: int) -> list[int]:
+    """A process and all that it, or any of them, has started."""
+    return [pid, *(below for child in children(pid) for below in tree(child))]
+
+
 class Sampler:
     """Keeps the largest private memory seen of each watched process, by a name for it.
 
@@ -36,6 +41,7 @@ class Sampler:
 
     def __init__(self) -> None:
         self._watched: dict[int, str] = {}
+        self._trees: dict[str, int] = {}
         self._peaks: dict[str, int] = {}
         self._lock = threading.Lock()
         self._end = threading.Event()
@@ -45,6 +51,11 @@ class Sampler:
         """Sample `pid` from now on; several processes may share a name."""
         with self._lock:
             self._watched[pid] = name
+
+    def watch_tree(self, name: str, pid: int) -> None:
+        """Sample the sum over `pid` and all that it starts, from now on."""
+        with self._lock:
+            self._trees[name] = pid
 
     def take(self) -> dict[str, int]:
         """Peaks since the last call, of processes that were alive."""
@@ -56,8 +67,13 @@ class Sampler:
         while not self._end.wait(EVERY_SECONDS):
             with self._lock:
                 for pid, name in self._watched.items():
-                    if used := private_bytes(pid):
-                        self._peaks[name] = max(used, self._peaks.get(name, 0))
+                    self._note(name, private_bytes(pid))
+                for name, pid in self._trees.items():
+                    self._note(name, sum(map(private_bytes, tree(pid))))
+
+    def _note(self, name: str, used: int) -> None:
+        if used:
+            self._peaks[name] = max(used, self._peaks.get(name, 0))
 
     def __enter__(self) -> Sampler:
         self._thread.start()
