@@ -7,6 +7,7 @@ candidate is judged once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ class _Loop:
         self.outbox = Outbox(session.home)
         self.part_of: set[str] = set()
         self.taken_back: set[str] = set()
+        self.not_asked: set[str] = set()
         self.last: bytes | None = None
 
     def next(self) -> common_pb2.Round:
@@ -178,6 +180,15 @@ class _Loop:
         )
         self._tell("skipped", text, round_)
 
+    def _left_alone(self, round_: common_pb2.Round) -> bool:
+        """Whether the round is for others."""
+        asked = json.loads(round_.policy_json or "{}").get("contributors")
+        others = asked is not None and self.session.member.contributor not in asked
+        if others and round_.id not in self.not_asked:
+            self.not_asked.add(round_.id)
+            self._tell("skipped", "This round is for other contributors", round_)
+        return round_.id in self.not_asked
+
     def _declined(self, round_: common_pb2.Round) -> bool:
         return any(
             entry.manifest.round == round_.id and entry.reason == NOT_APPROVED
@@ -186,6 +197,8 @@ class _Loop:
 
     def _contribute(self, round_: common_pb2.Round) -> None:
         if self._contributed(round_) or self._declined(round_) or round_.id in self.taken_back:
+            return
+        if self._left_alone(round_):
             return
         try:
             self._send(round_)

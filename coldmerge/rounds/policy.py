@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from coldmerge.core import yaml_file
+from coldmerge.core.documents import Identifier
 from coldmerge.core.errors import ConfigError
 from coldmerge.core.validation import first_problem
 from coldmerge.rounds.statistics import statistics_for
@@ -174,6 +175,7 @@ class RoundPolicy(_Frozen):
     `max_contributions`, when given). With it, it seals at the deadline, or earlier when
     `max_contributions` is reached; too few at the deadline is a missed quorum.
     With `continuous` it has no deadline, and seals when `min_contributions` are in.
+    `contributors` names those who may contribute; None: all.
     """
 
     min_contributions: int = Field(default=3, ge=1, le=10_000)
@@ -181,6 +183,9 @@ class RoundPolicy(_Frozen):
     duration: Duration | None = None
     on_quorum_missed: Literal["abandon", "extend"] = "abandon"
     second_contribution: Literal["replace", "refuse"] = "replace"
+    contributors: tuple[Identifier, ...] | None = Field(
+        default=None, min_length=1, max_length=10_000
+    )
     merge: MergePolicy = MergePolicy()
     screening: ScreeningPolicy = ScreeningPolicy()
     gate: GatePolicy | None = GatePolicy()
@@ -192,6 +197,8 @@ class RoundPolicy(_Frozen):
     def _max_not_below_min(self) -> Self:
         if self.max_contributions is not None and self.max_contributions < self.min_contributions:
             raise ValueError("max_contributions is below min_contributions")
+        if self.contributors is not None and len(set(self.contributors)) < self.min_contributions:
+            raise ValueError("contributors names fewer than min_contributions")
         return self
 
     @model_validator(mode="after")
@@ -211,6 +218,10 @@ class RoundPolicy(_Frozen):
         if self.duration is not None:
             raise ValueError("a continuous round has no deadline: leave duration out")
         return self
+
+    def asks(self, contributor: str) -> bool:
+        """Whether `contributor` may contribute."""
+        return self.contributors is None or contributor in self.contributors
 
     @property
     def seals_at(self) -> int | None:

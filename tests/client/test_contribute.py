@@ -202,6 +202,20 @@ def test_a_candidate_that_makes_things_worse_is_rejected(
     assert a.session.model("m").latest_number == 0
 
 
+def test_a_round_for_others_is_left_alone(coordinator: Coordinator, members: Any) -> None:
+    a, b = members("org-a", 1), members("org-b", 2)
+    threads = [a.start(), b.start()]
+    first = coordinator.open_round(min_contributions=1, contributors=["org-a"])
+    threads[0].join(40)
+    until("b to say so", lambda: "skipped" in b.kinds())
+    second = coordinator.open_round(min_contributions=1, contributors=["org-b"])
+    threads[1].join(40)
+    assert (a.error, b.error) == (None, None)
+    assert [found.id for found in a.ended] == [first.id]
+    assert [found.id for found in b.ended] == [second.id]
+    assert b.kinds().count("skipped") == b.kinds().count("sent") == 1
+
+
 def test_a_person_may_say_no_and_the_loop_goes_on(coordinator: Coordinator, members: Any) -> None:
     asked: list[object] = []
 

@@ -14,6 +14,7 @@ from coldmerge.core.documents import ReleaseRecord, sign
 from coldmerge.rounds.state import Abandon, State
 from coldmerge_coordinator.audit.checkpoints import current
 from coldmerge_coordinator.audit.export import check_stored
+from coldmerge_coordinator.auth import Caller
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.service.messages import round_message
 from coldmerge_coordinator.store import contributions, releases, rounds
@@ -110,7 +111,7 @@ def test_record_and_history_say_who_was_kept(bench: Bench) -> None:
         found = contributions.of_round(session, round_id)
         reasons = {item.manifest_digest: item.reason for item in found}
         kinds = [notice.body["kind"] for notice in session.scalars(select(Notice))]
-        message = round_message(session, row)
+        message = round_message(session, row, Caller("x", "m1", "contributor"))
         assert releases.latest_release(session, "m").number == 1
     assert {digest for digest, reason in reasons.items() if reason} == out
     assert {item.state for item in found} == {"ADMITTED"}

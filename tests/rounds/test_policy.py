@@ -78,6 +78,13 @@ def test_policies_survive_json(policy: RoundPolicy) -> None:
     assert RoundPolicy.model_validate(json.loads(json.dumps(policy.to_json()))) == policy
 
 
+def test_a_round_asks_all_or_those_it_names() -> None:
+    assert RoundPolicy().asks("anybody")
+    policy = RoundPolicy(contributors=("a", "b", "c"))
+    assert [policy.asks(name) for name in ("a", "c", "d")] == [True, True, False]
+    assert RoundPolicy.model_validate(policy.to_json()) == policy
+
+
 def test_a_policy_from_before_outer_optimizers_has_none() -> None:
     old = RoundPolicy.model_validate({"merge": {"method": "mean", "weights": "uniform"}})
     assert old.merge.outer == {"method": "none"}
@@ -105,6 +112,9 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
         ({"merge": {"outer": {"lr": 0.7}}}, "merge.outer"),
         ({"merge": {"outer": {"method": 7}}}, "merge.outer"),
         ({"merge": {"outer": "nesterov"}}, "merge.outer"),
+        ({"contributors": []}, "contributors"),
+        ({"contributors": ["a", "b", "not a name"]}, "contributors.2"),
+        ({"contributors": ["a", "b", "b"]}, "the top level"),
         ({"webhook": "file:///etc/passwd"}, "webhook"),
         ({"mode": "blind"}, "mode"),
         ({"schedule": {"cron": "daily"}}, "schedule.cron"),

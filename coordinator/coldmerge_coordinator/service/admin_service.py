@@ -118,7 +118,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     def _round(self, round_id: str) -> common_pb2.Round:
         with self._store.database.read() as session:
-            return round_message(session, rounds.get(session, round_id))
+            return round_message(session, rounds.get(session, round_id), caller())
 
     async def _move(self, round_id: str, event: Event) -> common_pb2.Round:
         now = self._clock.now()

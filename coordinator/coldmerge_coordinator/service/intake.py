@@ -27,6 +27,7 @@ from coldmerge_coordinator.admission import Target, check_manifest
 from coldmerge_coordinator.auth import Caller, refuse_revoked
 from coldmerge_coordinator.service.leaving import withdraw
 from coldmerge_coordinator.service.rules import (
+    check_asked,
     check_nonce,
     check_open,
     check_second,
@@ -121,6 +122,7 @@ class Intake:
         with self._store.database.read() as session:
             row = rounds.get(session, manifest.round)
             check_open(row)
+            check_asked(row, who.contributor)
             check_manifest(manifest, self._target(session, who, row))
             check_second(session, row, who.contributor)
             check_nonce(session, manifest)

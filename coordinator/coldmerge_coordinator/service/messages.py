@@ -13,6 +13,7 @@ from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import State
 from coldmerge.wire.convert import put_content, signed_to_proto, timestamp
 from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2, models_pb2
+from coldmerge_coordinator.auth import Caller
 from coldmerge_coordinator.service.admin import machines_of
 from coldmerge_coordinator.service.screens import told
 from coldmerge_coordinator.store import continuous, contributions, releases, rounds, trials
@@ -63,10 +64,15 @@ def candidate_message(session: Session, model: str, digest: str) -> models_pb2.R
     return message
 
 
-def round_message(session: Session, row: Round) -> common_pb2.Round:
-    """A round as every participant may see it: without the webhook, whose URL is a secret."""
+def round_message(session: Session, row: Round, who: Caller) -> common_pb2.Round:
+    """A round as `who` may see it: without the webhook, whose URL is a secret.
+
+    Of those whom it asks, a contributor sees no name but his own.
+    """
     policy = rounds.get_policy(row)
     visible = {key: value for key, value in row.policy.items() if key != "webhook"}
+    if policy.contributors is not None and not who.sees_all:
+        visible["contributors"] = [who.contributor] if policy.asks(who.contributor) else []
     message = common_pb2.Round(
         id=row.id,
         model=row.model,

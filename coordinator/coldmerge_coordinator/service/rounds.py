@@ -27,25 +27,27 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
 
     async def Get(self, request: rounds_pb2.GetRoundRequest, _context: Any) -> common_pb2.Round:
         """One round."""
-        return await asyncio.to_thread(self._get, request.id)
+        return await asyncio.to_thread(self._get, caller(), request.id)
 
-    def _get(self, round_id: str) -> common_pb2.Round:
+    def _get(self, who: Caller, round_id: str) -> common_pb2.Round:
         with self._store.database.read() as session:
-            return round_message(session, rounds.get(session, round_id))
+            return round_message(session, rounds.get(session, round_id), who)
 
     async def List(
         self, request: rounds_pb2.ListRoundsRequest, _context: Any
     ) -> rounds_pb2.ListRoundsResponse:
         """A model's rounds, newest first."""
-        return await asyncio.to_thread(self._list, request)
+        return await asyncio.to_thread(self._list, caller(), request)
 
-    def _list(self, request: rounds_pb2.ListRoundsRequest) -> rounds_pb2.ListRoundsResponse:
+    def _list(
+        self, who: Caller, request: rounds_pb2.ListRoundsRequest
+    ) -> rounds_pb2.ListRoundsResponse:
         limit = min(request.limit if request.limit > 0 else DEFAULT_LIMIT, MAX_LIMIT)
         with self._store.database.read() as session:
             releases.get_model(session, request.model)
             rows = rounds.list_rounds(session, request.model, limit)
             return rounds_pb2.ListRoundsResponse(
-                rounds=[round_message(session, row) for row in rows]
+                rounds=[round_message(session, row, who) for row in rows]
             )
 
     async def Watch(
@@ -55,18 +57,18 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
         who, pulse, last = caller(), self._backend.pulse, None
         while True:
             ticket = pulse.ticket()
-            newest = await asyncio.to_thread(self._newest, request.model)
+            newest = await asyncio.to_thread(self._newest, who, request.model)
             if newest is not None and newest != last:
                 last = newest
                 yield newest
             await pulse.wait(ticket)
             await self._backend.recheck(who)
 
-    def _newest(self, model: str) -> common_pb2.Round | None:
+    def _newest(self, who: Caller, model: str) -> common_pb2.Round | None:
         with self._store.database.read() as session:
             releases.get_model(session, model)
             row = rounds.newest_round(session, model)
-            return None if row is None else round_message(session, row)
+            return None if row is None else round_message(session, row, who)
 
     async def ReportEvaluation(
         self, request: rounds_pb2.ReportEvaluationRequest, _context: Any
@@ -79,4 +81,4 @@ class RoundsService(rounds_pb2_grpc.RoundsServicer):
         now, signer = self._backend.clock.now(), self._store.signer
         with self._store.database.write() as session:
             row = evaluations.report(session, who, signed, now, signer)
-            return round_message(session, row)
+            return round_message(session, row, who)

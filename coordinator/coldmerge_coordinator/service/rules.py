@@ -6,7 +6,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coldmerge.core.documents import Manifest
-from coldmerge.core.errors import ConflictError, ManifestError, NotFoundError
+from coldmerge.core.errors import (
+    ConflictError,
+    ManifestError,
+    NotFoundError,
+    PermissionDeniedError,
+)
 from coldmerge.rounds.state import State
 from coldmerge_coordinator.auth import Caller
 from coldmerge_coordinator.store import contributions, rounds
@@ -48,6 +53,23 @@ def check_open(row: Round) -> None:
             expected=State.OPEN,
             got=row.state,
             hint="Wait for the next round (`coldmerge watch`), pull its release and train again.",
+            round=row.id,
+            model=row.model,
+        )
+
+
+def check_asked(row: Round, contributor: str) -> None:
+    """Refuse whom the round does not ask.
+
+    Raises:
+        PermissionDeniedError: its policy names others.
+    """
+    if not rounds.get_policy(row).asks(contributor):
+        raise PermissionDeniedError(
+            "round.not_asked",
+            f"Round {row.id} of {row.model} is for other contributors.",
+            got=contributor,
+            hint="Wait for the next round (`coldmerge watch`); nothing was taken.",
             round=row.id,
             model=row.model,
         )

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from coldmerge.core.documents import Receipt, verify
-from coldmerge.core.errors import ConflictError, ManifestError, NotFoundError, ResourceError
+from coldmerge.core.errors import (
+    ConflictError,
+    ManifestError,
+    NotFoundError,
+    PermissionDeniedError,
+    ResourceError,
+)
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.wire.calls import call
 from coldmerge.wire.convert import signed_from_proto
-from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2
+from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2, rounds_pb2
 from coldmerge_coordinator.service.uploads import contribution_id
 from coldmerge_coordinator.store import contributions, releases, rounds
 from coldmerge_coordinator.store.models import Contribution, Round, Upload
 from coldmerge_coordinator.worker import run_once
 from tests.backends import needs_disk
-from tests.harness import BF16, MODEL, Live, chunk, coordinator, deltas
+from tests.harness import BF16, MODEL, Live, MachineClient, chunk, coordinator, deltas
 from tests.support import until
 
 
@@ -205,6 +212,24 @@ def test_a_second_contribution_is_refused_where_the_policy_says_so(live: Live) -
         org.commit(begun.upload_id)
     assert caught.value.code == "contribution.second"
     assert len(_rows(live)) == 1
+
+
+def test_a_round_for_some_takes_nothing_of_others_and_tells_no_names(live: Live) -> None:
+    asked, other, admin = live.machine("a"), live.machine("b"), live.machine("c", "admin")
+    round_ = live.open_round(contributors=["a", "z"])
+    manifest, _ = other.manifest(round_, deltas(1))
+    with pytest.raises(PermissionDeniedError) as caught:
+        other.begin(manifest)
+    assert caught.value.code == "round.not_asked"
+    asked.contribute(round_, deltas(2))
+    assert [row.contributor for row in _rows(live)] == ["a"]
+
+    def seen(who: MachineClient) -> list[str]:
+        found = call(who.rounds.Get, rounds_pb2.GetRoundRequest(id=round_.id))
+        listed: list[str] = json.loads(found.policy_json)["contributors"]
+        return listed
+
+    assert [seen(who) for who in (asked, other, admin)] == [["a"], [], ["a", "z"]]
 
 
 def test_withdrawal_takes_the_bytes_and_the_count_back(live: Live) -> None:
