@@ -203,20 +203,34 @@ class ContributionGrid(compat.Grid):
     def send_and_receive(
         self, messages: Iterable[compat.Message], *, timeout: float | None = None
     ) -> list[compat.Message]:
-        """Push, and wait for the replies; after `timeout` seconds, those that came.
-
-        A round that waits for contributors then is sealed with those that answered, or
-        abandoned when they are fewer than its policy asks for.
-        """
+        """Push, and wait for the replies; after `timeout` seconds, what `give_up` gives."""
         ids = self.push_messages(messages)
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[compat.Message] = []
         while len(replies) < len(ids):
             replies += self.pull_messages(ids)
             if deadline is not None and time.monotonic() > deadline:
-                return [*replies, *self._give_up(ids)]
+                return [*replies, *self.give_up(ids)]
             if len(replies) < len(ids):
                 time.sleep(POLL_SECONDS)
+        return replies
+
+    def give_up(self, ids: Iterable[str]) -> list[compat.Message]:
+        """Wait no longer: the replies that there are, or will ever be.
+
+        A round that still takes contributions is sealed with those that came, or abandoned
+        when they are fewer than its policy asks for.
+        """
+        wanted, replies = set(ids), []
+        for batch in list(self._batches):
+            if not any(m.metadata.message_id in wanted for m in batch.asked.values()):
+                continue
+            if batch.kind == TRAIN and batch.round_id is not None:
+                now = self._rounds.standing(batch.round_id)
+                if now.round.state == _State.OPEN:
+                    self._close(now)
+            replies += self._answers(batch, wanted)
+            self._batches.remove(batch)
         return replies
 
     def settle(self, timeout: float | None = None) -> common_pb2.Round | None:
@@ -355,20 +369,6 @@ class ContributionGrid(compat.Grid):
         else:
             came = f"{now.admitted} of at least {least} contributions counted"
             self._rounds.abandon(now.round.id, f"the Flower grid gave up: {came}")
-
-    def _give_up(self, ids: Iterable[str]) -> list[compat.Message]:
-        """End what waits for contributors; the replies that there are then, and no more after."""
-        wanted, replies = set(ids), []
-        for batch in list(self._batches):
-            if not any(m.metadata.message_id in wanted for m in batch.asked.values()):
-                continue
-            if batch.kind == TRAIN and batch.round_id is not None:
-                now = self._rounds.standing(batch.round_id)
-                if now.round.state == _State.OPEN:
-                    self._close(now)
-            replies += self._answers(batch, wanted)
-            self._batches.remove(batch)
-        return replies
 
     def _evaluated(
         self, batch: _Batch, asked: Mapping[str, compat.Message]
