@@ -227,6 +227,39 @@ def test_a_strategy_asks_some_of_the_contributors(federation: Federation) -> Non
             loop.wait()
 
 
+@pytest.mark.slow
+def test_another_strategy_with_the_recipe_that_is_the_same_rule(federation: Federation) -> None:
+    hub = federation.hub
+    results: list[Any] = []
+    median = compat.strategy.FedMedian(min_train_nodes=3, fraction_evaluate=0.0)
+    recipe = {"method": "flower", "parameters": {"strategy": "fedmedian"}, "weights": "uniform"}
+    loops = [contribute(org, 1) for org in federation.orgs]
+    with ContributionGrid(hub.folder, policy={"gate": None, "merge": recipe}) as grid:
+        before = grid._rounds.latest().number
+        grid.drive(app_of(median, results))
+        assert grid.release(results[0].arrays, timeout=TIMEOUT) == before + 1
+    for org, loop in zip(federation.orgs, loops, strict=True):
+        org.finish(loop)
+    said = hub.cli("release", "verify", MODEL, str(before + 1), "--dir", hub.folder)
+    assert said["answer"] == "exact"
+
+
+@pytest.mark.slow
+def test_a_strategy_that_is_not_the_recipe_is_found_out(federation: Federation) -> None:
+    """FedMedian over rounds that merge by the mean."""
+    hub = federation.hub
+    median = compat.strategy.FedMedian(min_train_nodes=3, min_evaluate_nodes=3)
+    loops = [contribute(org, 1) for org in federation.orgs]
+    with (
+        ContributionGrid(hub.folder, policy={"gate": None}) as grid,
+        pytest.raises(ConflictError) as caught,
+    ):
+        grid.drive(app_of(median, []))
+    assert caught.value.code == "grid.other_arrays"
+    for org, loop in zip(federation.orgs, loops, strict=True):
+        org.finish(loop)
+
+
 def says(org: Org, words: str) -> bool:
     return words in org.log.read_text()
 
