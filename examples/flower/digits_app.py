@@ -8,7 +8,8 @@ from sklearn.datasets import load_digits
 
 from coldmerge_simulation.strategy import ColdFusion
 
-server, client = ServerApp(), ClientApp()
+server = ServerApp()
+client = ClientApp()
 x, labels = load_digits(return_X_y=True)
 x, y = x / 16, np.eye(10)[labels]
 

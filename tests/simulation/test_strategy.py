@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +258,20 @@ def test_the_example_is_short_and_learns(capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     assert "'accuracy': '8." in said
     assert "'gate-adopted': '0'" in said, "a candidate was worse, and not adopted"
+
+
+def test_the_example_is_an_app_that_flower_packs(tmp_path: Path) -> None:
+    folder = tmp_path / "app"
+    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    flwr = Path(sys.executable).parent / "flwr"
+    environment = {**os.environ, "FLWR_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [str(flwr), "build"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(folder.glob("*.fab"))) == 1
