@@ -94,6 +94,7 @@ class Disk:
         self._root = root
         self.top = _read(known) if known is not None else Folder()
         self._begun: dict[int, int] = {}
+        self._moves: list[tuple[int, Folder, Folder]] = []
         self._steps = 0
 
     def follow(self, steps: Iterable[Step]) -> None:
@@ -167,6 +168,7 @@ class Disk:
         else:
             target.change(step.number, {to: moved}, odds=2 / 3)
             source.change(step.number, {name: None}, odds=1 / 3)
+            self._moves.append((step.number, source, target))
 
     def _link(self, step: Step) -> None:
         source, name = self._at(step.path)
@@ -182,6 +184,9 @@ class Disk:
         began = self._begun.pop(step.thread)
         if (node := self._node(step.path)) is not None:
             node.sync(began)
+            for number, source, target in self._moves:
+                if source is node and number < began:  # gone from here for good: it is there
+                    target.sync(number + 1)
 
     def materialize(self, target: Path, draw: random.Random | None = None) -> None:
         """Write down what a power cut at this moment may leave."""

@@ -104,6 +104,19 @@ def test_an_unsynced_rename_may_be_half_done_and_never_loses_the_file(
     assert found == {("x/a",), ("x/a", "y/b"), ("y/b",)}
 
 
+def test_the_folder_that_a_file_left_is_not_synced_without_the_one_it_went_to(
+    does: Writer, out: Path
+) -> None:
+    for folder in ("x", "y"):
+        does("mkdir", folder)
+    does("create", "x/a")
+    for folder in ("", "x", "y"):
+        does.sync(folder)
+    does("rename", "x/a", to="y/b")
+    does.sync("x")
+    assert does.left(out) == {"y/b": b""}
+
+
 def test_a_second_name_is_durable_with_its_folder(does: Writer, out: Path) -> None:
     does("create", "a")
     does.sync("")
