@@ -9,6 +9,7 @@ import pytest
 
 from coldmerge.core.dtypes import Floats32
 from coldmerge.core.errors import ConfigError
+from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import Store, releases, rounds, states
 from coldmerge_coordinator.worker import run_once
 from coldmerge_simulation.compat import strategy
@@ -193,6 +194,28 @@ def test_a_rollback_restores_flowers_state_and_another_strategy_starts_afresh(
         "the outer optimizer was flower.FedAdam and is flower.FedYogi now: what it remembered of "
         "1 rounds is not used"
     )
+
+
+def test_a_remerge_steps_as_flowers_class_without_whoever_left(bench: Bench) -> None:
+    start = {name: values for name, values in draw(0, 1.0).items() if name != "idle"}
+    bench.add_model(start)
+    weights: Mapping[str, Any] = {name: a.astype(np.float64) for name, a in start.items()}
+    direct = strategy.FedAdam(eta=0.01)
+    for number in range(2):
+        sent = clients(number)
+        play(bench, ADAM, sent)
+        told(direct, weights)
+        trained = [{name: weights[name] + one[name] for name in weights} for one in sent[1:]]
+        weights = aggregated(direct, trained, number=number + 1)
+    admin.remerge(bench.store, "m", ("org-0",), "left", bench.clock.now())
+    assert run_once(bench.store, bench.clock)
+    assert bench.release().number == 3
+    found = bench.masters(bench.release())
+    for name, expected in weights.items():
+        np.testing.assert_allclose(found[name], expected.ravel(), rtol=3e-7, atol=1e-7)
+    with bench.store.database.read() as session:
+        held = states.get_state(session, bench.release().state_digest or "")
+    assert (held.method, held.steps) == ("flower.FedAdam", 2)
 
 
 def test_the_same_round_gives_the_same_bytes_again(
