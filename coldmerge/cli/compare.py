@@ -12,7 +12,7 @@ from coldmerge.cli.output import Format, FormatOption, out, print_json, print_ro
 from coldmerge.cli.weights import check_picture, names_of
 
 if TYPE_CHECKING:
-    from coldmerge_simulation.comparing import Run
+    from coldmerge_simulation.results.comparing import Run
 
 OUTCOMES = ("refused", "quarantined", "failed", "late", "dropped")
 
@@ -37,7 +37,7 @@ def compare(
 
     Runs with the same data and seed are compared in pairs, task by task.
     """
-    from coldmerge_simulation import comparing
+    from coldmerge_simulation.results import comparing
 
     if picture is not None:
         check_picture(picture)
@@ -56,7 +56,7 @@ def compare(
 def _draw(runs: Sequence[Run], path: Path) -> None:
     from coldmerge.report.picture import write_spec
     from coldmerge.report.runs import RunPoint, run_curves
-    from coldmerge_simulation.comparing import GROUPS
+    from coldmerge_simulation.results.comparing import GROUPS
 
     points = [
         RunPoint(run.label, group, number, mean)

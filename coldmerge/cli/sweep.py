@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from coldmerge.cli.output import Format, bars, err, out, print_json, print_rows
 
 if TYPE_CHECKING:
-    from coldmerge_simulation.sweeping import Sweep
+    from coldmerge_simulation.results.sweeping import Sweep
 
 
 def run_sweep(

@@ -6,7 +6,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from sklearn.datasets import load_digits
 
-from coldmerge_simulation.strategy import ColdFusion
+from coldmerge_simulation import ColdFusion
 
 server = ServerApp()
 client = ClientApp()

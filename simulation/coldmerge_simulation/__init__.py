@@ -15,18 +15,31 @@ from coldmerge.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from coldmerge_simulation.config import SimulationConfig
+    from coldmerge_simulation.flower.strategy import ColdFusion
+    from coldmerge_simulation.grid.contribution_grid import ContributionGrid
+    from coldmerge_simulation.results.sweeping import Sweep, sweep, variants
     from coldmerge_simulation.run import Simulation, simulate
-    from coldmerge_simulation.sweeping import Sweep, sweep, variants
 
-__all__ = ["Simulation", "SimulationConfig", "Sweep", "simulate", "sweep", "variants"]
+__all__ = [
+    "ColdFusion",
+    "ContributionGrid",
+    "Simulation",
+    "SimulationConfig",
+    "Sweep",
+    "simulate",
+    "sweep",
+    "variants",
+]
 
 _HOMES = {
+    "ColdFusion": "flower.strategy",
+    "ContributionGrid": "grid.contribution_grid",
     "Simulation": "run",
     "SimulationConfig": "config",
-    "Sweep": "sweeping",
+    "Sweep": "results.sweeping",
     "simulate": "run",
-    "sweep": "sweeping",
-    "variants": "sweeping",
+    "sweep": "results.sweeping",
+    "variants": "results.sweeping",
 }
 
 
@@ -39,7 +52,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'coldmerge_simulation' has no attribute {name!r}")
     try:
-        import_module("coldmerge_simulation.compat")
+        import_module("coldmerge_simulation.flower.compat")
         return getattr(import_module(f"coldmerge_simulation.{_HOMES[name]}"), name)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("coldmerge"):

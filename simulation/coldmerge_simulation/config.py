@@ -24,7 +24,7 @@ from coldmerge.core.errors import ColdmergeError, ConfigError
 from coldmerge.core.validation import first_problem
 from coldmerge.rounds.policy import Duration, RoundTemplate
 from coldmerge_client.training.config import Settings, TrainConfig
-from coldmerge_simulation.conduct import Attacker, Participation
+from coldmerge_simulation.contributors.conduct import Attacker, Participation
 from coldmerge_simulation.data import DataConfig
 
 MODELS = ("digits", "minilm")

@@ -13,7 +13,7 @@ from typing import Any
 
 from coldmerge.core.documents import Signed
 from coldmerge.core.errors import KINDS, ColdmergeError, DataError
-from coldmerge_simulation.compat import ConfigRecord, Message, RecordDict
+from coldmerge_simulation.flower.compat import ConfigRecord, Message, RecordDict
 
 WORDS, FILES = "coldmerge", "coldmerge.files"
 TRAIN, EVALUATE, HELLO = "train", "evaluate", "query"
@@ -121,7 +121,7 @@ def unreadable(why: str) -> DataError:
     return DataError(
         "simulation.unreadable_answer",
         "The contributor's answer cannot be read.",
-        expected="what coldmerge_simulation.client_app answers",
+        expected="what coldmerge_simulation.contributors.client_app answers",
         got=why[:MAX_REASON],
         hint="Run the same version of coldmerge on every node.",
     )

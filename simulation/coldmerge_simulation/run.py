@@ -18,10 +18,11 @@ from coldmerge.core.files import make_folder
 from coldmerge.core.progress import Progress, silent
 from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.store import Store, releases
-from coldmerge_simulation import data, engines, hub, models
+from coldmerge_simulation import data, engines, models
 from coldmerge_simulation.config import SimulationConfig, difference
+from coldmerge_simulation.coordinator import hub
+from coldmerge_simulation.coordinator.scoring import SCORES
 from coldmerge_simulation.folder import CONFIG, RunFolder
-from coldmerge_simulation.scoring import SCORES
 
 RESULT = "result.json"
 _FREE = ("at_a_time", "patience", "supernodes")

@@ -12,7 +12,7 @@ from coldmerge.core.errors import ConfigError
 from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.store import Store, releases, rounds, states
 from coldmerge_coordinator.worker import run_once
-from coldmerge_simulation.compat import strategy
+from coldmerge_simulation.flower.compat import strategy
 from tests.backends import copy_coordinator
 from tests.simulation.flower_direct import aggregated, told
 

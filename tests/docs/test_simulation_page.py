@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from coldmerge_simulation import SimulationConfig, simulate
-from coldmerge_simulation.conduct import STRENGTH, Kind
+from coldmerge_simulation.contributors.conduct import STRENGTH, Kind
 from coldmerge_simulation.data import PARTITIONERS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "simulation.md").read_text()

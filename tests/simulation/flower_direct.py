@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coldmerge_simulation import compat
+from coldmerge_simulation.flower import compat
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from coldmerge.core.errors import UnavailableError
-from coldmerge_simulation import SimulationConfig, client_app, desk, simulate
-from coldmerge_simulation.compat import ClientApp, Context, Message, RecordDict
-from coldmerge_simulation.driver import Setting, drive
+from coldmerge_simulation import SimulationConfig, simulate
+from coldmerge_simulation.contributors import client_app
+from coldmerge_simulation.coordinator import desk
+from coldmerge_simulation.coordinator.driver import Setting, drive
+from coldmerge_simulation.engines.local_grid import LocalGrid
+from coldmerge_simulation.flower.compat import ClientApp, Context, Message, RecordDict
 from coldmerge_simulation.folder import RunFolder
-from coldmerge_simulation.local_grid import LocalGrid
 from coldmerge_simulation.run import prepare, result
 from tests.simulation.settings import digests, settings
 

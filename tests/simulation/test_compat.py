@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from coldmerge.core.errors import ConfigError
-from coldmerge_simulation import compat
+from coldmerge_simulation.flower import compat
 
 
 def records(value: float, examples: int = 1) -> Any:
@@ -57,7 +57,7 @@ def test_importing_it_without_flower_is_that_error() -> None:
         "    return real(name)\n"
         "m.version = version\n"
         "try:\n"
-        "    import coldmerge_simulation.compat\n"
+        "    import coldmerge_simulation.flower.compat\n"
         "except Exception as error:\n"
         "    print(error.code)\n"
     )

@@ -15,8 +15,8 @@ from coldmerge.core.errors import ConfigError
 from coldmerge.core.extraction import Extraction, extract
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.core.vector_writer import VectorWriter
-from coldmerge_simulation.attacks import attack, flip_labels
-from coldmerge_simulation.conduct import (
+from coldmerge_simulation.contributors.attacks import attack, flip_labels
+from coldmerge_simulation.contributors.conduct import (
     Attack,
     Attacker,
     Durations,

@@ -24,9 +24,9 @@ from coldmerge.core.errors import (
 from coldmerge.demo import digits
 from coldmerge_coordinator.store import contributions
 from coldmerge_coordinator.store.models import Round
-from coldmerge_simulation import compat
-from coldmerge_simulation.contribution_grid import ContributionGrid
-from coldmerge_simulation.contribution_rounds import node_of
+from coldmerge_simulation.flower import compat
+from coldmerge_simulation.grid.contribution_grid import ContributionGrid
+from coldmerge_simulation.grid.rounds import node_of
 from tests.federation import Federation, Org
 from tests.support import until
 

@@ -14,8 +14,8 @@ import pytest
 
 from coldmerge.core.errors import ConfigError, UnavailableError
 from coldmerge_simulation import simulate
-from coldmerge_simulation.compat import OFFLINE
 from coldmerge_simulation.engines import ray, superlink
+from coldmerge_simulation.flower.compat import OFFLINE
 from coldmerge_simulation.folder import RunFolder
 from tests.simulation.settings import digests, settings
 from tests.support import free_ports

@@ -14,9 +14,9 @@ import pytest
 from coldmerge.core.dtypes import Floats32
 from coldmerge.core.errors import ConfigError
 from coldmerge.merging import Input, Job, Pool, Scope, merger, merger_class, uniform
-from coldmerge_simulation import compat
-from coldmerge_simulation.flower_merger import COPIES, GIB, Flower
-from coldmerge_simulation.rules import MERGES, REFUSED, SLOTS
+from coldmerge_simulation.flower import compat
+from coldmerge_simulation.flower.merger import COPIES, GIB, Flower
+from coldmerge_simulation.flower.rules import MERGES, REFUSED, SLOTS
 from tests.simulation.flower_direct import Arrays, aggregated, ulps
 
 SHAPES = {"a.weight": (13, 7), "b.bias": (11,), "c.scale": (1,), "d.empty": (0, 3), "e": (5, 1)}

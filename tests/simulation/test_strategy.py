@@ -16,9 +16,9 @@ from threadpoolctl import threadpool_limits
 
 from coldmerge.core.errors import ConfigError
 from coldmerge.merging.outer import outer
-from coldmerge_simulation import compat
-from coldmerge_simulation.local_grid import LocalGrid
-from coldmerge_simulation.strategy import ColdFusion
+from coldmerge_simulation.engines.local_grid import LocalGrid
+from coldmerge_simulation.flower import compat
+from coldmerge_simulation.flower.strategy import ColdFusion
 from tests.simulation.flower_direct import aggregated, replies, ulps
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/flower"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from coldmerge.core.errors import ConfigError, ConflictError, DataError, NotFoundError
-from coldmerge_simulation.comparing import Run, compare, difference, load, summary
-from coldmerge_simulation.sweeping import Sweep, changed, sweep, variants
+from coldmerge_simulation.results.comparing import Run, compare, difference, load, summary
+from coldmerge_simulation.results.sweeping import Sweep, changed, sweep, variants
 
 SMALL: dict[str, Any] = {
     "model": "digits",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from coldmerge.core.progress import Progress
-from coldmerge_simulation.client_app import app
-from coldmerge_simulation.driver import Setting, drive
+from coldmerge_simulation.contributors.client_app import app
+from coldmerge_simulation.coordinator.driver import Setting, drive
+from coldmerge_simulation.engines.local_grid import LocalGrid
 from coldmerge_simulation.folder import RunFolder
-from coldmerge_simulation.local_grid import LocalGrid
 
 
 def run(folder: RunFolder, nodes: int, progress: Progress) -> None:

@@ -16,7 +16,7 @@ from typing import Self
 from coldmerge.core.errors import UnavailableError
 from coldmerge.demo import child
 from coldmerge.demo.processes import QUIET, Running
-from coldmerge_simulation.compat import OFFLINE
+from coldmerge_simulation.flower.compat import OFFLINE
 
 POLL_SECONDS = 0.1
 _ENVIRONMENT = {

@@ -10,9 +10,9 @@ from typing import Any
 from coldmerge.core.errors import KINDS, UnavailableError
 from coldmerge.core.progress import Progress
 from coldmerge.demo.processes import Running
+from coldmerge_simulation.coordinator.server_app import OUTCOME, PROGRESS
 from coldmerge_simulation.engines.processes import POLL_SECONDS, Programs, ended
 from coldmerge_simulation.folder import RunFolder
-from coldmerge_simulation.server_app import OUTCOME, PROGRESS
 
 START_SECONDS = 300.0
 """How long a SuperLink, Ray and the first imports may take on a busy machine."""
@@ -37,8 +37,8 @@ packages = ["."]
 publisher = "coldmerge"
 
 [tool.flwr.app.components]
-serverapp = "coldmerge_simulation.server_app:app"
-clientapp = "coldmerge_simulation.client_app:app"
+serverapp = "coldmerge_simulation.coordinator.server_app:app"
+clientapp = "coldmerge_simulation.contributors.client_app:app"
 
 [tool.flwr.app.config]
 run = {run}

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from coldmerge.core.dtypes import Floats32, Floats64
 from coldmerge.merging.outer import Outer, Slots
-from coldmerge_simulation.rules import SLOTS, Found, aggregate, reply, stepping_strategy
+from coldmerge_simulation.flower.rules import SLOTS, Found, aggregate, reply, stepping_strategy
 
 ARRAY = "w"
 """What a block is called among Flower's arrays."""
@@ -85,7 +85,7 @@ def _put(made: Any, strategy: str, held: Mapping[str, Floats64], zeros: Floats64
         for slot, values in held.items():
             setattr(made, f"{slot}_t", {ARRAY: values})
         return
-    from coldmerge_simulation.compat import Array, ArrayRecord
+    from coldmerge_simulation.flower.compat import Array, ArrayRecord
 
     made.current_arrays = ArrayRecord({ARRAY: Array(zeros)})
     made.momentum_vector = [held["momentum"]] if held else None

@@ -10,8 +10,8 @@ import numpy as np
 
 from coldmerge.core.documents import Evaluation
 from coldmerge.core.errors import ConfigError, DataError
-from coldmerge_simulation import compat
-from coldmerge_simulation.contribution_rounds import Arrays
+from coldmerge_simulation.flower import compat
+from coldmerge_simulation.grid.rounds import Arrays
 
 TRAIN: str = compat.MessageType.TRAIN
 EVALUATE: str = compat.MessageType.EVALUATE

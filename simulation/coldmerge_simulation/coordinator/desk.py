@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from coldmerge.core.errors import UnavailableError
-from coldmerge_simulation.compat import Grid, Message
+from coldmerge_simulation.flower.compat import Grid, Message
 from coldmerge_simulation.orders import (
     HELLO,
     Answer,

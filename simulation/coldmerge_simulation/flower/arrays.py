@@ -15,7 +15,7 @@ from coldmerge.merging import Block, Input, Job, Pool
 from coldmerge.merging.outer import Outer
 from coldmerge.rounds.policy import MergePolicy
 from coldmerge_coordinator.merging.recipes import outer_of, recipe_of
-from coldmerge_simulation.compat import Array, ArrayRecord
+from coldmerge_simulation.flower.compat import Array, ArrayRecord
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from coldmerge_coordinator.store.models import Round
-from coldmerge_simulation import conduct
-from coldmerge_simulation.conduct import Attack, Conduct, Turn
 from coldmerge_simulation.config import SimulationConfig
+from coldmerge_simulation.contributors import conduct
+from coldmerge_simulation.contributors.conduct import Attack, Conduct, Turn
 
 TURNS_WITHOUT_END = 100
 """Turns per contributor after which a continuous round is given up: nobody ever delivers."""

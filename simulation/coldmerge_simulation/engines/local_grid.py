@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from coldmerge_simulation.compat import (
+from coldmerge_simulation.flower.compat import (
     SERVER_NODE,
     ClientApp,
     Context,

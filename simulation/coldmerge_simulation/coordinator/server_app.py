@@ -12,8 +12,8 @@ from pathlib import Path
 
 from coldmerge.core.errors import ColdmergeError, ConfigError
 from coldmerge.core.progress import Progress
-from coldmerge_simulation.compat import Context, Grid, ServerApp
-from coldmerge_simulation.driver import Setting, drive
+from coldmerge_simulation.coordinator.driver import Setting, drive
+from coldmerge_simulation.flower.compat import Context, Grid, ServerApp
 from coldmerge_simulation.folder import RunFolder
 
 app = ServerApp()

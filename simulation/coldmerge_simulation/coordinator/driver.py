@@ -21,16 +21,16 @@ from coldmerge.rounds.state import State
 from coldmerge_coordinator.store import contributions, rounds
 from coldmerge_coordinator.store.models import Round
 from coldmerge_simulation import data
-from coldmerge_simulation.arrivals import Arrivals, Coming, Continuous, Windowed
-from coldmerge_simulation.client_app import PAYLOAD
-from coldmerge_simulation.compat import Grid
 from coldmerge_simulation.config import SimulationConfig
-from coldmerge_simulation.desk import Desk, meet
+from coldmerge_simulation.contributors.client_app import PAYLOAD
+from coldmerge_simulation.coordinator.arrivals import Arrivals, Coming, Continuous, Windowed
+from coldmerge_simulation.coordinator.desk import Desk, meet
+from coldmerge_simulation.coordinator.hub import START, Hub
+from coldmerge_simulation.coordinator.scoring import Scoring
+from coldmerge_simulation.flower.compat import Grid
 from coldmerge_simulation.folder import RunFolder, replace_file
-from coldmerge_simulation.hub import START, Hub
 from coldmerge_simulation.models import train_settings
 from coldmerge_simulation.orders import EVALUATE, TRAIN, Answer, Order
-from coldmerge_simulation.scoring import Scoring
 
 DAY = timedelta(days=1)
 """How long a round takes that has no duration of its own: simulated time costs nothing."""

@@ -16,8 +16,8 @@ from coldmerge.rounds.gate import Decision, Verdict, weigh
 from coldmerge.rounds.policy import GatePolicy, MergePolicy
 from coldmerge.rounds.statistics import statistics_for
 from coldmerge_coordinator.merging.recipes import outer_of
-from coldmerge_simulation.arrays import Trained, Weights, merge_arrays
-from coldmerge_simulation.compat import (
+from coldmerge_simulation.flower.arrays import Trained, Weights, merge_arrays
+from coldmerge_simulation.flower.compat import (
     ArrayRecord,
     ConfigRecord,
     FedAvg,

@@ -13,7 +13,7 @@ from coldmerge.core.errors import ConfigError
 from coldmerge.merging import Block, Merger, PerInput, Scope, View
 from coldmerge.merging.combination import wrong_count
 from coldmerge.merging.merger import Share, Values
-from coldmerge_simulation.rules import Found, aggregate, merging_strategy, reply
+from coldmerge_simulation.flower.rules import Found, aggregate, merging_strategy, reply
 
 COPIES = 7
 """How often an input is in memory while a strategy compares whole models: 3.1 times for Krum,

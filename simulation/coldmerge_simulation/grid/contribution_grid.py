@@ -24,16 +24,9 @@ from typing import Any, Self
 
 from coldmerge.core.errors import ConflictError, DataError
 from coldmerge.wire.v1 import common_pb2
-from coldmerge_simulation import compat
-from coldmerge_simulation.agreement import check_same, check_tensors, largest_difference
-from coldmerge_simulation.contribution_rounds import (
-    Arrays,
-    Latest,
-    Rounds,
-    Standing,
-    round_policy,
-)
-from coldmerge_simulation.grid_messages import (
+from coldmerge_simulation.flower import compat
+from coldmerge_simulation.grid.agreement import check_same, check_tensors, largest_difference
+from coldmerge_simulation.grid.messages import (
     EVALUATE,
     TRAIN,
     common_arrays,
@@ -45,6 +38,13 @@ from coldmerge_simulation.grid_messages import (
     scores_of,
     to_arrays,
     to_record,
+)
+from coldmerge_simulation.grid.rounds import (
+    Arrays,
+    Latest,
+    Rounds,
+    Standing,
+    round_policy,
 )
 
 POLL_SECONDS = 0.2

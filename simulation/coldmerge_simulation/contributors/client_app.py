@@ -28,10 +28,11 @@ from coldmerge_client.papers import Addressed, Body
 from coldmerge_client.prepare import wanted
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.trainer import Trained, TrainJob, load_trainer, measuring
-from coldmerge_simulation import attacks, derive
-from coldmerge_simulation.attacks import flip_labels
-from coldmerge_simulation.compat import ClientApp, Context, Message
-from coldmerge_simulation.conduct import Attack
+from coldmerge_simulation import derive
+from coldmerge_simulation.contributors import attacks
+from coldmerge_simulation.contributors.attacks import flip_labels
+from coldmerge_simulation.contributors.conduct import Attack
+from coldmerge_simulation.flower.compat import ClientApp, Context, Message
 from coldmerge_simulation.folder import replace_file
 from coldmerge_simulation.orders import error_values, pack, signed_values, unpack
 

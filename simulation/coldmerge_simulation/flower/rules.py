@@ -97,7 +97,7 @@ class Found:
     @property
     def defaults(self) -> dict[str, Any]:
         """The plain parameters that are its own, with their defaults (None: it must be given)."""
-        from coldmerge_simulation.compat import FedAvg
+        from coldmerge_simulation.flower.compat import FedAvg
 
         shared = inspect.signature(FedAvg.__init__).parameters
         return {
@@ -134,7 +134,7 @@ class Found:
         Raises:
             ConfigError: `flower.bad_parameter`: it does not take these values.
         """
-        from coldmerge_simulation.compat import muted
+        from coldmerge_simulation.flower.compat import muted
 
         try:
             with muted():
@@ -149,7 +149,7 @@ class Found:
             ) from error
 
     def _refuse_word(self, word: str, known: Mapping[str, Any]) -> NoReturn:
-        from coldmerge_simulation.compat import FedAvg
+        from coldmerge_simulation.flower.compat import FedAvg
 
         if word in _HIDDEN:
             self._refuse(word, _HIDDEN[word], "a value")
@@ -182,7 +182,7 @@ def merging_strategy(name: str) -> Found:
     Raises:
         ConfigError: Flower is missing, there is no such strategy, or it cannot merge a round.
     """
-    from coldmerge_simulation.compat import strategy
+    from coldmerge_simulation.flower.compat import strategy
 
     known = _spelled(name, [*MERGES, *SLOTS, *REFUSED])
     if known is None:
@@ -208,7 +208,7 @@ def stepping_strategy(name: str) -> Found:
     Raises:
         ConfigError: Flower is missing, there is no such strategy, or it is no optimizer.
     """
-    from coldmerge_simulation.compat import strategy
+    from coldmerge_simulation.flower.compat import strategy
 
     known = _spelled(name, [*MERGES, *SLOTS, *REFUSED])
     if known is None:
@@ -233,7 +233,7 @@ def aggregate(
     Raises:
         ConfigError: `flower.failed`: it raised, or gave other names or `shapes`.
     """
-    from coldmerge_simulation.compat import muted
+    from coldmerge_simulation.flower.compat import muted
 
     try:
         with muted(), one_blas_thread():  # a rule that compares inputs must not hang on threads
@@ -251,7 +251,7 @@ def aggregate(
 
 def reply(number: int, arrays: Arrays, weight: float) -> Any:
     """A message as the client `number` would answer with after its training."""
-    from coldmerge_simulation import compat
+    from coldmerge_simulation.flower import compat
 
     examples = int(weight) if float(weight).is_integer() else weight
     content = compat.RecordDict(
@@ -302,7 +302,7 @@ def _unknown(name: str, instead: Sequence[str]) -> ConfigError:
 
 
 def _own(name: str) -> Any:
-    from coldmerge_simulation.compat import Strategy
+    from coldmerge_simulation.flower.compat import Strategy
 
     def fault(item: Any) -> str:
         sound = issubclass(item, Strategy) and not inspect.isabstract(item)

@@ -23,8 +23,15 @@ from coldmerge.core.errors import ColdmergeError, ConfigError, ConflictError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.merging import merger_class
 from coldmerge.report.runs import RunPoint
-from coldmerge_simulation.comparing import GROUPS, Difference, Run, difference, load, summary
 from coldmerge_simulation.config import SimulationConfig
+from coldmerge_simulation.results.comparing import (
+    GROUPS,
+    Difference,
+    Run,
+    difference,
+    load,
+    summary,
+)
 from coldmerge_simulation.run import simulate
 
 Variants = Mapping[str, Mapping[str, Any]]

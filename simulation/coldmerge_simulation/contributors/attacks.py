@@ -21,7 +21,7 @@ from coldmerge.core.dtypes import Floats32, blocks
 from coldmerge.core.extraction import Extraction
 from coldmerge.core.task_vector import TaskVector, sum_of_squares
 from coldmerge.core.vector_writer import VectorWriter
-from coldmerge_simulation.conduct import Attack
+from coldmerge_simulation.contributors.conduct import Attack
 
 Change = Callable[[Floats32], Floats32]
 

@@ -1,0 +1,1 @@
+"""The contributors' side of a simulation: the ClientApp, and how contributors behave."""

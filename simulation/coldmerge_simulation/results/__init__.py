@@ -1,0 +1,1 @@
+"""What many runs came to: sweeps, and runs side by side."""
