@@ -8,11 +8,10 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from coldmerge.core.errors import UnavailableError
 from coldmerge.demo import child
@@ -64,6 +63,21 @@ class Running:
             self.handle.wait()
 
 
+def spawn(
+    command: Sequence[str], out: IO[bytes], env: Mapping[str, str], nice: int = 0
+) -> subprocess.Popen[bytes]:
+    """Start a program that ends when this process does; all that it says goes to `out`."""
+    before = [sys.executable, child.__file__, str(os.getpid()), str(nice)]
+    return subprocess.Popen(  # noqa: S603 - commands of our own making
+        [*before, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **env},
+        start_new_session=True,
+    )
+
+
 @dataclass
 class Processes:
     """Starts processes, notices when one fails, and ends all that are left on leaving."""
@@ -76,12 +90,7 @@ class Processes:
         self.logs.mkdir(parents=True, exist_ok=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for running in self._running:
             if running.handle.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -97,18 +106,10 @@ class Processes:
         typed = shlex.join(["coldmerge", *words])
         self.commands.append(typed)
         log = self.logs / f"{name}.log"
-        before = [sys.executable, child.__file__, str(os.getpid()), str(nice)]
         with log.open("ab") as out:
             out.write(f"$ {typed}\n".encode())
             out.flush()
-            handle = subprocess.Popen(  # noqa: S603 - the demo's own commands
-                [*before, *COLDMERGE, *words],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **QUIET, **(env or {})},
-                start_new_session=True,
-            )
+            handle = spawn([*COLDMERGE, *words], out, {**QUIET, **(env or {})}, nice)
         running = Running(name, typed, log, handle)
         self._running.append(running)
         return running

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.documents import sign
 from coldmerge.core.errors import DataError
-from coldmerge.core.extraction import extract
+from coldmerge.core.extraction import Extraction, extract
 from coldmerge.rounds.policy import MergePolicy
 from coldmerge.rounds.statistics import statistics_for
 from coldmerge_client import papers
@@ -176,11 +176,32 @@ def _addressed(home: Home, values: Values) -> Addressed:
 def _train(home: Home, values: Values) -> tuple[Values, Files]:
     """Fine-tune the release, and leave the signed task vector where the order says."""
     addressed, seed = _addressed(home, values), int(values["seed"])
+    payload = home.outbox / f"{home.name}.safetensors"
+    trained, found = _extracted(home, values, home.model(addressed.base_digest), payload)
+    manifest = papers.manifest(
+        addressed,
+        found,
+        examples=trained.examples,
+        metrics=trained.metrics,
+        training=trained.training,
+        nonce=derive.token(seed, "nonce", home.name, home.number),
+        now=datetime.fromisoformat(values["now"]),
+    )
+    signed = sign(manifest, derive.identity(seed, home.name))
+    said = {"signed": signed_values(signed), "metrics": dict(trained.metrics)}
+    if home.shared:
+        return said, {}
+    sent = payload.read_bytes()
+    payload.unlink()
+    return said, {PAYLOAD: sent}
+
+
+def _extracted(home: Home, values: Values, base: Body, payload: Path) -> tuple[Trained, Extraction]:
+    """What was trained, and what is sent of it, as `payload`: an attacker's doing included."""
     merge = MergePolicy.model_validate(values["merge"])
-    base = home.model(addressed.base_digest)
+    seed = int(values["seed"])
     attack = None if values["attack"] is None else Attack.model_validate(values["attack"])
     mischief = derive.number(seed, "attack", home.name, home.number)
-    payload = home.outbox / f"{home.name}.safetensors"
     home.outbox.mkdir(parents=True, exist_ok=True)
     with home.workshop() as place:
         data = None
@@ -209,22 +230,7 @@ def _train(home: Home, values: Values) -> tuple[Values, Files]:
         if attack is not None:
             found = attacks.attack(attack, found, mischief)
         home.keep_head(trained.head)
-    manifest = papers.manifest(
-        addressed,
-        found,
-        examples=trained.examples,
-        metrics=trained.metrics,
-        training=trained.training,
-        nonce=derive.token(seed, "nonce", home.name, home.number),
-        now=datetime.fromisoformat(values["now"]),
-    )
-    signed = sign(manifest, derive.identity(seed, home.name))
-    said = {"signed": signed_values(signed), "metrics": dict(trained.metrics)}
-    if home.shared:
-        return said, {}
-    sent = payload.read_bytes()
-    payload.unlink()
-    return said, {PAYLOAD: sent}
+    return trained, found
 
 
 def _trained(job: TrainJob, merge: MergePolicy) -> Trained:

@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from coldmerge.core.errors import UnavailableError
-from coldmerge.demo import child
-from coldmerge.demo.processes import QUIET, Running
+from coldmerge.demo.processes import QUIET, Running, spawn
 from coldmerge_simulation.flower.compat import OFFLINE
 
 POLL_SECONDS = 0.1
@@ -34,19 +32,14 @@ class Programs:
         self.logs = logs
         here = str(Path(sys.executable).parent)
         path = os.pathsep.join([here, os.environ.get("PATH", os.defpath)])
-        self._environment = {**os.environ, **_ENVIRONMENT, "PATH": path, **environment}
+        self._environment = {**_ENVIRONMENT, "PATH": path, **environment}
         self._running: list[Running] = []
 
     def __enter__(self) -> Self:
         self.logs.mkdir(parents=True, exist_ok=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for running in reversed(self._running):
             running.end()
 
@@ -54,16 +47,8 @@ class Programs:
         """Start one of the programs that came with Flower; it ends when this process does."""
         command = [str(Path(sys.executable).parent / program), *map(str, arguments)]
         log = self.logs / f"{name}.log"
-        before = [sys.executable, child.__file__, str(os.getpid()), "0"]
         with log.open("wb") as out:
-            handle = subprocess.Popen(  # noqa: S603 - Flower's programs
-                [*before, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,
-            )
+            handle = spawn(command, out, self._environment)
         running = Running(name, " ".join([program, *map(str, arguments)]), log, handle)
         self._running.append(running)
         return running

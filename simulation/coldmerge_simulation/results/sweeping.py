@@ -84,8 +84,8 @@ class Cell:
 
     label: str
     values: Mapping[str, Any]
-    runs: Mapping[int, Run]
-    failed: Mapping[int, ColdmergeError]
+    runs: dict[int, Run]
+    failed: dict[int, ColdmergeError]
 
     def last(self, group: str) -> dict[int, float]:
         """Accuracy of each seed's last release, in points."""
@@ -229,26 +229,24 @@ def sweep(
     numbers = list(range(start, start + seeds)) if isinstance(seeds, int) else list(seeds)
     if not 0 < len(numbers) * len(configs) <= MAX_RUNS:
         raise _too_many(len(numbers) * len(configs))
-    for one in configs.values():
+    for one in configs.values():  # an unknown method ends the sweep before its first run
         merger_class(one.round.merge.method)
     place = Path(out or Path("runs") / f"{first.name}-sweep").absolute()
     folders = _folders(place, list(configs))
-    found: dict[str, tuple[dict[int, Run], dict[int, ColdmergeError]]] = {
-        label: ({}, {}) for label in configs
-    }
+    cells = {label: Cell(label, chosen[label], {}, {}) for label in configs}
     jobs = [(label, seed) for seed in numbers for label in configs]
     for turn, (label, seed) in enumerate(jobs, 1):
         said = _said(progress, f"{turn} of {len(jobs)}, {label}, seed {seed}: ")
+        where = folders[label] / f"seed-{seed}"
         try:
             settings = SimulationConfig.parse({**configs[label].to_json(), "seed": seed})
-            where = folders[label] / f"seed-{seed}"
             simulate(settings, engine=engine, out=where, resume=where.exists(), progress=said)
-            found[label][0][seed] = load(where, label)
+            cells[label].runs[seed] = load(where, label)
         except ConflictError:
             raise
         except ColdmergeError as error:
-            found[label][1][seed] = error
-    return Sweep(place, tuple(Cell(label, chosen[label], *found[label]) for label in configs))
+            cells[label].failed[seed] = error
+    return Sweep(place, tuple(cells.values()))
 
 
 def _said(progress: Progress, prefix: str) -> Progress:
