@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import load, soak
+from benchmarks import flower_overhead, load, soak
 
 
 @pytest.mark.slow
@@ -27,3 +27,15 @@ def test_a_few_rounds_of_soak() -> None:
     assert samples[-1].rounds == 4
     assert set(samples[-1].private) == {"api", "worker", "clients"}
     assert all(count > 3 for count in samples[-1].descriptors.values())
+
+
+@pytest.mark.slow
+def test_a_round_beside_plain_flower() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        figures = flower_overhead.benchmark(4_000_000, 2, 1, Path(folder))
+        assert list(Path(folder).iterdir()) == []
+    assert [run.system for run in figures.runs] == ["flower", "coldmerge"]
+    assert all(0 < run.published <= run.seconds for run in figures.runs)
+    assert all(run.server_bytes > 10**7 for run in figures.runs)
+    assert figures.faster > 0
+    assert figures.memory > 0

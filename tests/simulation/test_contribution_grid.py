@@ -203,6 +203,7 @@ def test_too_few_answers_abandon_the_round_and_change_nothing(federation: Federa
     assert len(results[0].arrays) == 0
 
 
+@pytest.mark.slow
 def test_a_strategy_asks_some_of_the_contributors(federation: Federation) -> None:
     """`fraction_train`: the round is for those who were drawn; the third is told to wait."""
     hub = federation.hub
