@@ -239,8 +239,8 @@ def print_table(figures: Figures) -> None:
         f"{figures.bytes} bytes x {figures.clients} clients, medians: Flower "
         f"{flower['seconds']:.1f} s and {flower['server_bytes'] / 1e6:.0f} MB, coldmerge "
         f"{ours['seconds']:.1f} s and {ours['server_bytes'] / 1e6:.0f} MB: "
-        f"{figures.faster:.1f} times as fast ({figures.faster_published:.1f} times until published) "
-        f"with {100 * figures.memory:.0f} % of the memory"
+        f"{figures.faster:.1f} times as fast, {figures.faster_published:.1f} times until "
+        f"published, with {100 * figures.memory:.0f} % of the memory"
     )
 
 
