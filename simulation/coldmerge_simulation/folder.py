@@ -16,6 +16,7 @@ from coldmerge.core.files import fsync_path
 
 CONFIG = "simulation.json"
 JOURNAL = "rounds.jsonl"
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class RunFolder:
         Raises:
             ConflictError: another one does.
         """
-        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -54,6 +54,7 @@ class Answer:
 
 
 _PARTS = ("document", "signature")
+_WORDS = ("code", "message", "hint", "expected", "got")
 
 
 def signed_values(signed: Signed) -> dict[str, str]:
@@ -78,7 +79,7 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], dict[str, bytes]]:
     try:
         values = json.loads(str(content[WORDS]["json"]))
         files = dict(content[FILES]) if FILES in content else {}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise unreadable(f"{type(error).__name__}: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(v, bytes) for v in files.values()):
         raise unreadable("values of other types")
@@ -138,15 +139,12 @@ def silent(seconds: float) -> DataError:
 
 
 def _error(said: Any) -> ColdmergeError:
-    if not isinstance(said, dict) or said.get("kind") not in KINDS:
+    kind = said.get("kind") if isinstance(said, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
         return unreadable("an error of no known kind")
-    return KINDS[str(said["kind"])](
-        str(said.get("code")),
-        str(said.get("message")),
-        hint=str(said.get("hint")),
-        expected=said.get("expected"),
-        got=said.get("got"),
-    )
+    words = {key: str(said[key])[:MAX_REASON] for key in _WORDS if said.get(key) is not None}
+    code, message = words.pop("code", "None"), words.pop("message", "None")
+    return KINDS[kind](code, message, **{"hint": "Look at the run's log.", **words})
 
 
 def _sentence(error: Exception) -> str:

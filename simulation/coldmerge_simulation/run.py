@@ -13,16 +13,17 @@ from typing import Any
 
 import structlog
 
-from coldmerge.core.errors import ConflictError
+from coldmerge.core.errors import ColdmergeError, ConflictError
 from coldmerge.core.files import make_folder
 from coldmerge.core.progress import Progress, silent
 from coldmerge_coordinator.logs import log_to_stderr
 from coldmerge_coordinator.store import Store, releases
 from coldmerge_simulation import data, engines, models
 from coldmerge_simulation.config import SimulationConfig, difference
+from coldmerge_simulation.contributors import conduct
 from coldmerge_simulation.coordinator import hub
 from coldmerge_simulation.coordinator.scoring import SCORES
-from coldmerge_simulation.folder import CONFIG, RunFolder
+from coldmerge_simulation.folder import CONFIG, LOCK, RunFolder
 
 RESULT = "result.json"
 _FREE = ("at_a_time", "patience", "supernodes")
@@ -146,9 +147,31 @@ def prepare(folder: RunFolder, config: SimulationConfig, *, resume: bool) -> Non
     """Make what a run starts from: model, data, hub. What is there already stays.
 
     Raises:
-        ConflictError: the folder holds something else, or another simulation.
+        ConflictError: the folder is in use, holds something else, or another simulation.
+        ColdmergeError: it cannot be made of this configuration; a new folder is left empty.
     """
-    _claim(folder, config, resume=resume)
+    _check_new(folder, resume=resume)
+    make_folder(folder.path)
+    with folder.alone():  # what another process works with is not to be tidied up
+        new = not _has_something(folder.path)
+        try:
+            _claim(folder, config)
+            _make(folder, config)
+        except ColdmergeError:
+            if new:  # nothing was begun: the corrected command is to find it empty
+                _empty(folder.path)
+            raise
+
+
+def _empty(path: Path) -> None:
+    for each in path.iterdir():
+        if each.is_dir():
+            shutil.rmtree(each)
+        else:
+            each.unlink()
+
+
+def _make(folder: RunFolder, config: SimulationConfig) -> None:
     import torch
 
     threads = torch.get_num_threads()
@@ -158,21 +181,35 @@ def prepare(folder: RunFolder, config: SimulationConfig, *, resume: bool) -> Non
     finally:
         torch.set_num_threads(threads)
     shares = data.make(config.data, config.contributors, config.seed, folder.data)
+    conduct.plan(config.participation, config.attackers, config.seed, 1, shares.names)
     hub.found(folder, config, shares.names)
 
 
-def _claim(folder: RunFolder, config: SimulationConfig, *, resume: bool) -> None:
-    path, wanted = folder.path, config.to_json()
-    there = path.exists() and any(path.iterdir())
-    if there and not resume:
+def _check_new(folder: RunFolder, *, resume: bool) -> None:
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        raise ConflictError(
+            "simulation.no_folder_there",
+            f"{path} is not a folder.",
+            expected="a new or empty folder",
+            hint="Choose another with --out.",
+        )
+    if _has_something(path) and not resume:
         raise ConflictError(
             "simulation.folder_not_empty",
             f"{path} is not empty.",
             expected="a new or empty folder",
             hint="Go on with the simulation in it by --resume, or choose another with --out.",
         )
-    if not there:
-        make_folder(path)
+
+
+def _has_something(path: Path) -> bool:
+    return path.exists() and any(each.name != LOCK for each in path.iterdir())
+
+
+def _claim(folder: RunFolder, config: SimulationConfig) -> None:
+    path, wanted = folder.path, config.to_json()
+    if not _has_something(path):
         folder.write(CONFIG, {"config": wanted})
         return
     frozen = folder.config()["config"]

@@ -61,9 +61,9 @@ def test_a_federation_with_tls_and_node_keys_agrees(tmp_path: Path) -> None:
     run = simulate(values, engine="federation", out=tmp_path / "run")
     assert digests(run) == digests(local)
     assert len(digests(run)) == 2
-    assert not (tmp_path / "run" / "homes").exists()
-    kept = {path.name for path in (tmp_path / "run" / "nodes").glob("*/homes/*")}
+    kept = {path.name for path in (tmp_path / "run" / "homes").iterdir()}
     assert kept == {"org-1", "org-2", "org-3", "org-4"}
+    assert {path.name for path in (tmp_path / "run" / "nodes").glob("*/*")} == {"models", "outbox"}
 
 
 SAMPLES = Path(__file__).parents[2] / "deploy" / "flower"

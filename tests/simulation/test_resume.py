@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from coldmerge.core.errors import ConflictError
 from coldmerge_coordinator.store import Store, releases
-from coldmerge_simulation import Simulation, simulate
+from coldmerge_simulation import Simulation, SimulationConfig, simulate
+from coldmerge_simulation.folder import RunFolder
+from coldmerge_simulation.run import prepare
 from tests.simulation.settings import digests, settings
 from tests.support import until
 
@@ -105,16 +108,38 @@ def test_wherever_a_run_is_interrupted_it_comes_to_the_same_end(
     values = settings(rounds=3, contributors=5, round=policy, **BEHAVIOUR)
     whole = simulate(values, out=tmp_path / "whole")
     assert len(digests(whole)) > 2
-    for after in (2, 5, 7, 11):
+    for after in (2, 5, 7, 11):  # see below for the moments at which releases are measured
         resumed = interrupted_and_resumed(tmp_path / str(after), values, after)
         assert digests(resumed) == digests(whole)
         assert told(resumed) == told(whole)
 
 
 def told(found: Simulation) -> list[dict[str, Any]]:
-    """The journal, without what may differ: time and memory, of the machine and simulated."""
-    free = {"seconds", "peak_bytes", "simulated_time", "under_way"}
+    """The journal, without what may differ: time and memory of the machine."""
+    free = {"seconds", "peak_bytes"}
     return [{k: v for k, v in line.items() if k not in free} for line in found.values["rounds"]]
+
+
+def test_simulated_time_goes_on_from_a_release_that_was_not_measured_yet(tmp_path: Path) -> None:
+    steps: list[str] = []
+    values = settings(rounds=3, contributors=5, round=CONTINUOUS, evaluate={"every": 1})
+    values["participation"] = BEHAVIOUR["participation"]
+    whole = simulate(values, out=tmp_path / "whole", progress=lambda step, *_: steps.append(step))
+    after = steps.index("release 2: measuring") + 1
+    resumed = interrupted_and_resumed(tmp_path, values, after)
+    assert told(resumed) == told(whole)
+    assert digests(resumed) == digests(whole)
+
+
+def test_a_second_process_changes_nothing_of_a_run_under_way(tmp_path: Path) -> None:
+    values, folder = settings(), RunFolder(tmp_path / "run")
+    prepare(folder, SimulationConfig.parse(values), resume=False)
+    waiting = folder.outbox("round-1") / "org-1.safetensors"
+    waiting.parent.mkdir(parents=True)
+    waiting.write_bytes(b"signed")
+    with folder.alone(), pytest.raises(ConflictError, match=r"simulation\.running"):
+        simulate(values, out=folder.path, resume=True)
+    assert waiting.read_bytes() == b"signed"
 
 
 def test_continuous_rounds_merge_stale_contributions_for_less(tmp_path: Path) -> None:

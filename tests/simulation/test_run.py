@@ -140,3 +140,37 @@ def test_an_unknown_engine_lists_the_known_ones(tmp_path: Path) -> None:
 def test_the_configuration_is_read_back_from_json() -> None:
     config = SimulationConfig.parse(settings(attackers=[{"count": 1, "kind": "noise"}]))
     assert SimulationConfig.parse(config.to_json()) == config
+
+
+def test_some_are_asked_by_their_number(tmp_path: Path) -> None:
+    values = settings(rounds=1, participation={"count": 3})
+    values["round"] = {"min_contributions": 3, "gate": None}
+    found = simulate(values, out=tmp_path / "run")
+    assert len(found.values["rounds"][0]["accepted"]) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"attackers": [{"names": ["org-9"], "kind": "nan"}]},
+        {"participation": {"count": 5}},
+        {"round": {"min_contributions": 2, "merge": {"method": "tiez"}}},
+    ],
+    ids=["attacker", "count", "method"],
+)
+def test_a_corrected_configuration_finds_the_folder_empty(
+    tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError):
+        simulate(settings(rounds=1, **wrong), out=out)
+    assert not list(out.iterdir())
+    assert simulate(settings(rounds=1), out=out).values["rounds"]
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.write_text("notes")
+    with pytest.raises(ConflictError, match=r"simulation\.no_folder_there"):
+        simulate(settings(), out=out)
+    assert out.read_text() == "notes"

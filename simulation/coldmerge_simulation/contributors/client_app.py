@@ -66,6 +66,8 @@ def _answered(
     try:
         values, files = unpack(message.content)
         home = Home(values, context)
+        for digest in values.get("drop", ()):
+            home.drop(digest)
         for name, data in files.items():
             home.receive(name, data)
         with _one_thread():
@@ -95,6 +97,8 @@ class Home:
     ```
     homes/<contributor>/heads/<round>  work/<round>  cache
     ```
+
+    A node's own configuration says where: `home`, and where they are elsewhere `data` and `homes`.
     """
 
     def __init__(self, values: Values, context: Context) -> None:
@@ -102,47 +106,72 @@ class Home:
         self.last: int | None = values.get("head")
         said = values["run"]
         self.shared = said is not None
-        root = Path(said or str(context.node_config["home"]))
-        data = context.node_config.get("data") if said is None else None
-        self.data = (Path(str(data)) if data else root / "data") / self.name
-        self.folder = root / "homes" / self.name
+        own = {} if self.shared else context.node_config
+        root = Path(said or str(own["home"]))
+        self.data = Path(str(own.get("data") or root / "data")) / self.name
+        self.folder = Path(str(own.get("homes") or root / "homes")) / self.name
         self.models, self.outbox = root / "models", root / "outbox" / str(values["round"])
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def receive(self, name: str, data: bytes) -> None:
         """Keep a file of a model that came with an order: `<digest>/<path>`."""
-        place = self.models / name
-        if not place.resolve().is_relative_to(self.models.resolve()):
+        place = self._place(name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(place, data)
+
+    def drop(self, digest: str) -> None:
+        """Remove a model that no later order speaks of."""
+        shutil.rmtree(self._place(digest), ignore_errors=True)
+
+    def _place(self, name: str) -> Path:
+        place, models = self.models / name, self.models.resolve()
+        if models not in place.resolve().parents:
             raise DataError(
                 "simulation.bad_file_name",
                 "An order holds a file with a name that leads elsewhere.",
                 got=name[:80],
                 hint="Run the same version of coldmerge on every node.",
             )
-        place.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(place, data)
+        return place
 
     def model(self, digest: str) -> Body:
         """A release or candidate on disk."""
         return Body(self.models / digest[:32], digest)
 
     def head(self) -> Path | None:
-        """The private head to go on from: of the round that the order names."""
+        """The private head to go on from: of the round that the order names.
+
+        Raises:
+            DataError: it is on another node: without it, the result would be another one.
+        """
+        if self.last is None:
+            return None
         place = self.folder / "heads" / str(self.last)
-        return place if self.last is not None and place.is_dir() else None
+        if not place.is_dir():
+            raise DataError(
+                "simulation.no_head",
+                f"{self.name} does not find the head that it trained in round {self.last}.",
+                expected=f"what was trained then in {self.folder / 'heads'}",
+                hint="Resume the run with the nodes, and the homes, that it was started with.",
+            )
+        return place if any(place.iterdir()) else None
 
     def keep_head(self, head: Path | None) -> None:
-        """Keep a trained head; it counts once its round has taken the contribution."""
+        """Keep a trained head, and that there was none; it counts once its round has taken the
+        contribution.
+        """
         heads = self.folder / "heads"
         for path in heads.iterdir() if heads.is_dir() else ():
             if path.name != str(self.last):
                 shutil.rmtree(path, ignore_errors=True)
-        if head is not None:
-            beside = self.folder / ".head"
-            shutil.rmtree(beside, ignore_errors=True)
+        beside = self.folder / ".head"
+        shutil.rmtree(beside, ignore_errors=True)
+        if head is None:
+            beside.mkdir()
+        else:
             shutil.copytree(head, beside)
-            heads.mkdir(exist_ok=True)
-            beside.rename(heads / str(self.number))
+        heads.mkdir(exist_ok=True)
+        beside.rename(heads / str(self.number))
 
     @contextmanager
     def workshop(self) -> Iterator[Path]:

@@ -88,7 +88,7 @@ class Participation(Settings):
 
     @model_validator(mode="after")
     def _one_of_the_two(self) -> Self:
-        if self.count is not None and "share" in self.model_fields_set:
+        if self.count is not None and self.share < 1:
             raise ValueError("share and count say the same thing; leave one out")
         return self
 

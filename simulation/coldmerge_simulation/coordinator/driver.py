@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -110,6 +111,7 @@ class _Run:
     progress: Progress
     heads: dict[str, int] = field(default_factory=dict)
     holding: set[tuple[int, str]] = field(default_factory=set)
+    dropped: defaultdict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     def all_rounds(self) -> None:
         """Every round that the journal does not have."""
@@ -148,8 +150,7 @@ class _Run:
                 row = self.hub.close_judging(row.id)
             else:
                 self.progress(f"round {number}: merging", 0, 1)
-                self.hub.merge()
-                row = self.hub.get(row.id)
+                row = self.hub.merge(row.id)
         if row.release_number is not None:
             self._score(number)
         latest = self.hub.latest()
@@ -232,6 +233,8 @@ class _Run:
     ) -> Order:
         """An order; the models that it speaks of go with it, where no folder is shared."""
         files: dict[str, bytes] = {}
+        gone = self.dropped.pop(self.nodes[name], None)
+        values = {**values, "drop": sorted(gone)} if gone else values
         for digest in digests:
             body = self.hub.body(digest, self.folder)
             key = (self.nodes[name], digest)
@@ -244,11 +247,16 @@ class _Run:
                 }
         return Order(kind, name, values, files)
 
+    def _forget(self, name: str) -> None:
+        """What a node holds that has failed: its models may be lost, or have never come."""
+        self.holding = {pair for pair in self.holding if pair[0] != self.nodes[name]}
+
     def _admit(self, row: Round, one: Coming, answer: Answer, entry: _Entry) -> bool:
         """Whether it counts."""
         name = one.name
         payload = self.folder.outbox(row.id) / f"{name}.safetensors"
         if answer.error is not None:
+            self._forget(name)
             entry.note(entry.failed, name, answer.error)
             return False
         try:
@@ -273,6 +281,7 @@ class _Run:
         ):
             try:
                 if answer.error is not None:
+                    self._forget(order.contributor)
                     raise answer.error
                 self.hub.report(order.contributor, answer.signed())
             except ColdmergeError as error:
@@ -326,3 +335,6 @@ class _Run:
         for path in self.folder.models.glob("*"):
             if path.name not in {digest[:32] for digest in kept}:
                 shutil.rmtree(path, ignore_errors=True)
+        for node, digest in [pair for pair in self.holding if pair[1] not in kept]:
+            self.holding.remove((node, digest))
+            self.dropped[node].add(digest[:32])

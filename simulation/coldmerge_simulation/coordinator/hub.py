@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from sqlalchemy import func, select
+
 from coldmerge.core.documents import Signed
 from coldmerge.core.errors import ConflictError
 from coldmerge.core.files import CHUNK_BYTES, PositionalFile
@@ -27,7 +29,7 @@ from coldmerge_coordinator.service.intake import Intake
 from coldmerge_coordinator.service.refusals import Refusals
 from coldmerge_coordinator.service.uploads import LiveUpload, sweep
 from coldmerge_coordinator.store import Store, continuous, contributions, people, releases, rounds
-from coldmerge_coordinator.store.models import Contribution, Machine, Release, Round
+from coldmerge_coordinator.store.models import AuditLeaf, Contribution, Machine, Release, Round
 from coldmerge_coordinator.worker import Worker
 from coldmerge_simulation import derive
 from coldmerge_simulation.config import SimulationConfig
@@ -102,7 +104,7 @@ class Hub:
 
     def __init__(self, store: Store, config: SimulationConfig) -> None:
         self.store, self.config, self.model = store, config, config.name
-        self.clock = LogicalClock(_latest_time(store, config.name))
+        self.clock = LogicalClock(_latest_time(store))
         self._intake = Intake(store, self.clock)
         self._refusals = Refusals(store, self.clock)
         self._worker = Worker(store, self.clock, holder="simulation")
@@ -235,12 +237,14 @@ class Hub:
             row = self.move(round_id, Abandon(row.reason or "nobody comes any more"))
         return row
 
-    def merge(self) -> None:
-        """Merge the round that is sealed."""
+    def merge(self, round_id: str) -> Round:
+        """Merge a round that is sealed, which takes no time; if it fails, half a minute passes."""
         while self._worker.run_once():
             pass
-        # A merge that failed is tried again after some seconds, which cost nothing here.
-        self.clock.move_to(self.clock.now() + timedelta(seconds=30))
+        row = self.get(round_id)
+        if row.state in (State.SEALED, State.MERGING):  # tried again after some seconds
+            self.clock.move_to(self.clock.now() + timedelta(seconds=30))
+        return row
 
     def evaluators(self, round_id: str) -> tuple[str, ...]:
         """Whose evaluations the gate waits for, less those that it has."""
@@ -274,15 +278,10 @@ class Hub:
 _STANDING = contributions.WAITING_OR_ADMITTED
 
 
-def _latest_time(store: Store, model: str) -> datetime:
-    """Where simulated time stands: at the last thing that happened."""
+def _latest_time(store: Store) -> datetime:
+    """Where simulated time stands: at the last thing that happened, all of which is logged."""
     with store.database.read() as session:
-        row = rounds.newest_round(session, model)
-        if row is None:
-            return START
-        times = [row.opened_at, *([row.ended_at] if row.ended_at else [])]
-        times += [item.accepted_at for item in contributions.of_round(session, row.id)]
-        return max(times)
+        return session.scalar(select(func.max(AuditLeaf.at))) or START
 
 
 def _write(live: LiveUpload, payload: Path) -> None:

@@ -1,7 +1,7 @@
 """The engine `federation`: a SuperLink and SuperNodes on loopback, with TLS and node keys.
 
-Nothing is shared but messages: releases and task vectors travel in them as bytes, and each
-SuperNode has a home of its own below `nodes/`.
+Releases and task vectors travel in messages as bytes, and each SuperNode keeps models in a folder
+of its own below `nodes/`. Contributors' data and heads are where every engine finds them.
 
 `COLDMERGE_SUPERLINK` (host:port) and `COLDMERGE_SUPERLINK_CA` name a SuperLink that runs, on the
 machine of the run's folder, as deploy/flower shows: then nothing is started but the run.
@@ -93,12 +93,17 @@ def _node(
         *("--auth-supernode-private-key", key, "--host", HOST, "--port", str(port)),
         *(
             "--node-config",
-            node_config(folder.path / "nodes" / str(part), folder.data, part, count),
+            node_config(folder, part, count),
         ),
     )
 
 
-def node_config(home: Path, data: Path, part: int, count: int) -> str:
-    """What a SuperNode is told: which contributors it plays, and where its things are."""
+def node_config(folder: RunFolder, part: int, count: int) -> str:
+    """What a SuperNode is told: which contributors it plays, and where its things are.
+
+    Data and homes are the run's, so that the run goes on with other SuperNodes, or none.
+    """
+    home = folder.path / "nodes" / str(part)
     home.mkdir(parents=True, exist_ok=True)
-    return f'partition-id={part} num-partitions={count} home="{home}" data="{data}"'
+    places = f'home="{home}" data="{folder.data}" homes="{folder.homes}"'
+    return f"partition-id={part} num-partitions={count} {places}"
