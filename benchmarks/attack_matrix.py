@@ -14,8 +14,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
@@ -28,7 +29,11 @@ RULES: dict[str, dict[str, Any]] = {
     "mean": {"merge": {"method": "mean"}, "screening": OPEN},
     "clipped mean": {"merge": {"method": "mean"}},
     "geometric median": {"merge": {"method": "geometric_median"}, "screening": OPEN},
-    "krum": {"merge": {"method": "krum", "parameters": {"attackers": 2}}, "screening": OPEN},
+    "krum": {
+        "merge": {"method": "krum", "parameters": {"attackers": 2}},
+        "screening": OPEN,
+        "min_contributions": 7,  # fewer it cannot merge
+    },
     "ties + gate": {
         "merge": {"method": "ties", "parameters": {"density": 0.5}},
         "screening": OPEN,
@@ -61,28 +66,35 @@ def settings(cell: Cell, contributors: int, rounds: int) -> dict[str, Any]:
         "participation": {"dropout": cell.dropout},
         "attackers": attacks,
         "round": {"min_contributions": 3, "gate": None, **RULES[cell.rule]},
-        "evaluate": {"every": rounds},
+        "evaluate": {"every": 1},
     }
 
 
-def run(cell: Cell, contributors: int, rounds: int) -> dict[str, Any]:
-    """Simulate one cell in a folder that is gone afterwards."""
+def run(cell: Cell, contributors: int, rounds: int, keep: Path) -> dict[str, Any]:
+    """Simulate one cell in a folder below `keep`, or read what is there already."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from coldmerge_simulation import simulate
 
-    with tempfile.TemporaryDirectory(prefix="coldmerge-matrix-") as folder:
-        found = simulate(settings(cell, contributors, rounds), out=Path(folder) / "run").values
+    place = keep / "-".join(str(part).replace(" ", "_") for part in cell)
+    wanted = settings(cell, contributors, rounds)
+    found = simulate(wanted, out=place, resume=place.exists()).values
     first, last = found["releases"][0], found["releases"][-1]
     return {
         **cell._asdict(),
         "before": first["seen"]["mean"],
-        "seen": last["seen"]["mean"],
-        "unseen": last["unseen"]["mean"],
+        "seen": _last(found, "seen"),
+        "unseen": _last(found, "unseen"),
         "releases": len(found["releases"]) - 1,
         "refused": sum(len(line["refused"]) for line in found["rounds"]),
         "digest": last["digest"],
         "seconds": found["seconds"],
     }
+
+
+def _last(found: Mapping[str, Any], group: str) -> float:
+    """Accuracy of the last release: where the last rounds published none, of the one before."""
+    measured = [row[group]["mean"] for row in found["releases"] if row[group]]
+    return float(measured[-1])
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -124,8 +136,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     started, rows = time.monotonic(), []
     todo = list(cells(options))
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(run, cell, options.contributors, options.rounds) for cell in todo]
+    with ExitStack() as stack:
+        keep = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        spawn = get_context("spawn")
+        pool = stack.enter_context(ProcessPoolExecutor(options.jobs, mp_context=spawn))
+        size = (options.contributors, options.rounds, keep.absolute())
+        jobs = [pool.submit(run, cell, *size) for cell in todo]
         for job in as_completed(jobs):
             rows.append(job.result())
             print(f"\r{len(rows)} of {len(todo)} runs", end="", flush=True, file=sys.stderr)
@@ -151,6 +167,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attackers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.0, 0.3])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--keep", type=Path, help="keep the runs here; go on with those that are")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     return parser.parse_args(arguments)
