@@ -75,3 +75,11 @@ def test_what_is_far_out_of_the_band_waits_in_quarantine(both: tuple[Any, Any]) 
     assert attacked[2, "org-2"].state == "QUARANTINED"
     assert attacked[2, "org-6"].state == "ADMITTED"
     assert attacked[2, "org-5"].norm > 4 * attacked[2, "org-6"].norm
+
+
+def test_the_last_release_is_measured_though_the_last_round_published_none(tmp_path: Path) -> None:
+    everybody = [{"count": 4, "kind": "nan", "from_round": 2}]
+    changes = {"attackers": everybody, "evaluate": {"every": 2}}
+    found = simulate(settings(**changes), out=tmp_path / "run").values
+    assert [line["state"] for line in found["rounds"]] == ["PUBLISHED", "ABANDONED"]
+    assert [len(row["seen"]["tasks"]) for row in found["releases"]] == [2, 2]

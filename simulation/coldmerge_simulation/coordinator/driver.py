@@ -127,6 +127,7 @@ class _Run:
             self.folder.note(line)
             self._remember(line)
             self._tidy(line["id"])
+        self._score(self.config.rounds)  # if the last round published nothing
 
     def _remember(self, line: Mapping[str, Any]) -> None:
         """A contributor goes on from the head of the last round that took its contribution."""
