@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests import backends
 from tests.federation import Federation
@@ -36,6 +37,13 @@ def _databases_of_a_module() -> Iterator[None]:
 def _databases_of_a_test() -> Iterator[None]:
     with backends.chosen.scope():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """Simulations set up the log of their process, which here is that of all tests."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -118,14 +118,19 @@ def unsent(home: Home, round_: common_pb2.Round, config: TrainConfig | None = No
     """The newest release before the round's whose fine-tune is finished here, may still be
     counted, and has not been sent (nor kept home by a person); None: there is none.
     """
-    settled = {
-        entry.manifest.base_digest
-        for entry in Outbox(home).entries(round_.model)
-        if entry.state == "sent" or entry.reason == NOT_APPROVED
-    }
     for base in admitted(round_):
-        if base.digest in settled or base.digest == round_.base_digest:
+        if base.digest == round_.base_digest or _settled(home, round_.model, base.digest):
             continue
         if finished_at(home, round_.model, base.digest, config) is not None:
             return base.number
     return None
+
+
+def _settled(home: Home, model: str, digest: str) -> bool:
+    """Whether a fine-tune of that release was sent, or kept home by a person."""
+    return any(
+        entry.manifest.model == model
+        and entry.manifest.base_digest == digest
+        and (entry.state == "sent" or entry.reason == NOT_APPROVED)
+        for entry in Outbox(home).naming(digest)
+    )

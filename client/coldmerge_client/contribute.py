@@ -7,7 +7,6 @@ candidate is judged once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from coldmerge_client.bases import NOT_APPROVED, base_of, staleness, unsent
 from coldmerge_client.evaluate import evaluate, leaving_scores, report
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import Outbox, OutboxEntry
-from coldmerge_client.policy import SendPolicy
+from coldmerge_client.policy import SendPolicy, said
 from coldmerge_client.prepare import (
     Facts,
     against_policy,
@@ -182,7 +181,7 @@ class _Loop:
 
     def _left_alone(self, round_: common_pb2.Round) -> bool:
         """Whether the round is for others."""
-        asked = json.loads(round_.policy_json or "{}").get("contributors")
+        asked = said(round_.policy_json).get("contributors")
         others = asked is not None and self.session.member.contributor not in asked
         if others and round_.id not in self.not_asked:
             self.not_asked.add(round_.id)
@@ -192,7 +191,7 @@ class _Loop:
     def _declined(self, round_: common_pb2.Round) -> bool:
         return any(
             entry.manifest.round == round_.id and entry.reason == NOT_APPROVED
-            for entry in self.outbox.entries(self.model)
+            for entry in self.outbox.naming(round_.id)
         )
 
     def _contribute(self, round_: common_pb2.Round) -> None:

@@ -150,7 +150,7 @@ def _sent_log(home: Home) -> Check:
 
 
 def _outbox(home: Home) -> Check:
-    pending = [entry.id for entry in Outbox(home).entries() if entry.pending]
+    pending = [entry.id for entry in Outbox(home).pending()]
     if pending:
         hint = "Run `coldmerge push` or `coldmerge contribute` again: it goes on."
         return Check("outbox", "warn", f"not sent yet: {', '.join(pending)}", hint)

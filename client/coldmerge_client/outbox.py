@@ -11,7 +11,7 @@ complete, so a crash while preparing leaves nothing to send. States:
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,9 +104,10 @@ class Outbox:
         """Remove what a crash left behind. Call it while holding the outbox."""
         for draft in self._folder.glob(".draft-*"):
             shutil.rmtree(draft)
-        for entry in self.entries():
-            if not entry.pending:
-                entry.payload.unlink(missing_ok=True)
+        for name in self._names():
+            payload = self._folder / name / PAYLOAD
+            if payload.exists() and not self.get(name).pending:
+                payload.unlink()
 
     def get(self, entry: str) -> OutboxEntry:
         """One entry, its signature checked.
@@ -144,21 +145,41 @@ class Outbox:
             return None
         return self._home.keyring().verify(_read_signed(folder, "receipt"), Receipt)
 
-    def entries(self, model: str | None = None) -> tuple[OutboxEntry, ...]:
-        """All entries, oldest first."""
-        folders = self._folder.iterdir() if self._folder.is_dir() else ()
-        found = [self.get(entry.name) for entry in folders if not entry.name.startswith(".")]
-        found.sort(key=lambda entry: (entry.manifest.created_at, entry.id))
-        return tuple(e for e in found if model is None or e.manifest.model == model)
+    def entries(self) -> tuple[OutboxEntry, ...]:
+        """All entries, oldest first, each opened and its signature checked."""
+        return self._opened(self._names())
+
+    def pending(self) -> tuple[OutboxEntry, ...]:
+        """The entries that are still to be sent, oldest first. Others are not even opened."""
+        states = {name: read_json(self._folder / name / "state.json") for name in self._names()}
+        opened = self._opened(name for name, found in states.items() if not _is_over(found))
+        return tuple(entry for entry in opened if entry.pending)
 
     def for_round(self, round_id: str) -> OutboxEntry | None:
         """The newest entry for a round that was not refused."""
         fitting = [
             entry
-            for entry in self.entries()
+            for entry in self.naming(round_id)
             if entry.manifest.round == round_id and entry.state != "refused"
         ]
         return fitting[-1] if fitting else None
+
+    def naming(self, identifier: str) -> tuple[OutboxEntry, ...]:
+        """The entries whose manifest says `identifier` somewhere, oldest first.
+
+        Others are not opened: to check the signatures of years takes long.
+        """
+        said = identifier.encode()
+        manifests = {name: self._folder / name / "manifest.json" for name in self._names()}
+        return self._opened(name for name, path in manifests.items() if said in path.read_bytes())
+
+    def _names(self) -> list[str]:
+        folders = self._folder.iterdir() if self._folder.is_dir() else ()
+        return [folder.name for folder in folders if not folder.name.startswith(".")]
+
+    def _opened(self, names: Iterable[str]) -> tuple[OutboxEntry, ...]:
+        found = [self.get(name) for name in names]
+        return tuple(sorted(found, key=lambda entry: (entry.manifest.created_at, entry.id)))
 
     def mark(self, entry: OutboxEntry, **changes: Any) -> OutboxEntry:
         """Store new values of `state`, `approved`, `logged` or `reason`, durably."""
@@ -179,6 +200,10 @@ class Outbox:
         entry = self.mark(entry, state="refused", reason=reason)
         entry.payload.unlink(missing_ok=True)
         return entry
+
+
+def _is_over(state: Mapping[str, Any]) -> bool:
+    return state.get("state") in ("sent", "refused")
 
 
 def _read_signed(folder: Path, name: str) -> Signed:

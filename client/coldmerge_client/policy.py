@@ -35,15 +35,31 @@ from coldmerge.core.errors import ConfigError, IntegrityError
 from coldmerge.core.validation import first_problem
 
 
-def section(round_policy: str, name: str) -> dict[str, Any]:
-    """What a section of a round's policy (JSON, as the coordinator sent it) says.
+def said(round_policy: str) -> dict[str, Any]:
+    """What a round's policy (JSON, as the coordinator sent it) says.
 
     Raises:
         IntegrityError: it is not what a coordinator sends.
     """
+    return _tables(round_policy)
+
+
+def section(round_policy: str, name: str) -> dict[str, Any]:
+    """What a section of a round's policy says; empty, if it is not there.
+
+    Raises:
+        IntegrityError: it is not what a coordinator sends.
+    """
+    return _tables(round_policy, name)
+
+
+def _tables(round_policy: str, *names: str) -> dict[str, Any]:
+    """The table at `names`, each inside the one before."""
     try:
-        found = strict_json.loads(round_policy or "{}").get(name)
-        return dict(found or {})
+        found = strict_json.loads(round_policy or "{}")
+        for name in names:
+            found = found.get(name) or {}
+        return dict(found)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             "push.bad_round_policy",

@@ -310,8 +310,8 @@ def check_policy(manifest: Manifest, policy: SendPolicy) -> None:
 
 
 def _give_up_earlier(outbox: Outbox, manifest: Manifest) -> None:
-    for entry in outbox.entries(manifest.model):
-        if not entry.pending:
+    for entry in outbox.pending():
+        if entry.manifest.model != manifest.model:
             continue
         if entry.manifest.round == manifest.round:
             outbox.refuse(entry, "replaced by a newer fine-tune before it was sent")

@@ -134,7 +134,7 @@ class _Asking:
 
 
 def _make_next(home: Home) -> None:
-    unsent = [entry.id for entry in Outbox(home).entries() if entry.pending]
+    unsent = [entry.id for entry in Outbox(home).pending()]
     if unsent:
         raise ConflictError(
             "renew.outbox_not_empty",

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import structlog
 from sqlalchemy import text
 
 from coldmerge.core.errors import ColdmergeError, UnauthenticatedError
@@ -200,7 +201,7 @@ def test_an_idle_stream_ends_with_the_right_to_it(tmp_path: Path, change: str) -
 
 @pytest.mark.skipif("config.getoption('--database') != 'sqlite'", reason="types are checked")
 def test_a_row_that_cannot_be_read_blinds_nobody_for_long(
-    running: Live, capsys: pytest.CaptureFixture[str]
+    running: Live,
 ) -> None:
     """The look fails for all at once: it must be tried again."""
     until("what came before to end", lambda: not _open_streams(running))
@@ -213,8 +214,9 @@ def test_a_row_that_cannot_be_read_blinds_nobody_for_long(
             session.execute(statement, {"at": at})
 
     until("both streams to be open", lambda: _open_streams(running) == len(streams))
-    write("never")
-    until("the look to fail", lambda: "sentry.blind" in capsys.readouterr().out, 10)
+    with structlog.testing.capture_logs() as lines:
+        write("never")
+        until("the look to fail", lambda: any(x["event"] == "sentry.blind" for x in lines), 10)
     write("2026-01-01 00:00:00.000000")
     shut_out = _shut_out(running, "other")
     until("the end of the stream", lambda: streams[1].hung_up, 20)

@@ -131,8 +131,10 @@ def test_entries_are_found_by_round_and_model(home: Home) -> None:
     first, second = add(home), add(home, manifest("round-2", "1" * 32))
     outbox = Outbox(home)
     assert outbox.for_round("round-2") == second
-    assert {entry.id for entry in outbox.entries("m")} == {first.id, second.id}
-    assert outbox.entries("other") == ()
+    assert {entry.id for entry in outbox.entries()} == {first.id, second.id}
+    assert outbox.pending() == outbox.entries()
+    assert {entry.id for entry in outbox.naming(first.manifest.round)} >= {first.id}
+    assert outbox.naming("round-of-nobody") == ()
 
 
 def test_a_manifest_changed_on_disk_is_not_sent(home: Home) -> None:
