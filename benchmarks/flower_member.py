@@ -39,14 +39,10 @@ class Constant:
                     writer.write(name, base.block(name, start, stop) + self.constant)
         return Trained(folder, None, examples=1)
 
-    def predict(self, job: EvaluateJob, progress: Progress = silent) -> Predictions:
-        """Its rounds have no gate.
-
-        Raises:
-            NotImplementedError: always.
-
-        """
-        raise NotImplementedError
+    def predict(self, _job: EvaluateJob, _progress: Progress = silent) -> Predictions:
+        """Nothing: it has no examples, and its rounds have no gate."""
+        none = np.zeros(0, np.int64)
+        return Predictions(none, none)
 
 
 def create(config: TrainConfig) -> Constant:
