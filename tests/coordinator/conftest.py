@@ -22,7 +22,8 @@ from coldmerge_coordinator.config import CoordinatorConfig
 from coldmerge_coordinator.importing import add_model
 from coldmerge_coordinator.store import Store, contributions, releases, rounds
 from coldmerge_coordinator.store.models import Contribution, Contributor, Release, Round
-from tests.backends import coordinator_config
+from coldmerge_coordinator.worker import run_once
+from tests.backends import coordinator_config, copy_coordinator
 from tests.support import DTYPES, FixedClock, write_model
 
 Array = npt.NDArray[np.generic]
@@ -203,3 +204,18 @@ def make_bench(tmp_path: Path, clock: FixedClock) -> Iterator[Callable[[str], Be
 @pytest.fixture
 def bench(make_bench: Callable[[str], Bench]) -> Bench:
     return make_bench("bench")
+
+
+def merged_apart(bench: Bench, clock: FixedClock, folder: Path) -> list[tuple[str | None, ...]]:
+    """The sealed round merged in two copies of the coordinator: the digests of each release 2."""
+    found: list[tuple[str | None, ...]] = []
+    bench.store.close()
+    for copy in (folder / "one", folder / "two"):
+        copy_coordinator(bench.store.folder, copy)
+        with Store.open(copy) as store:
+            assert run_once(store, clock)
+            with store.database.read() as session:
+                last = releases.latest_release(session, "m")
+        assert last.number == 2
+        found.append((last.content_digest, last.master_digest, last.state_digest))
+    return found

@@ -10,10 +10,10 @@ import pytest
 from coldmerge.core.dtypes import Floats32
 from coldmerge.core.errors import ConfigError
 from coldmerge_coordinator.service import admin
-from coldmerge_coordinator.store import Store, releases, rounds, states
+from coldmerge_coordinator.store import releases, rounds, states
 from coldmerge_coordinator.worker import run_once
 from coldmerge_simulation.flower.compat import strategy
-from tests.backends import copy_coordinator
+from tests.coordinator.conftest import merged_apart
 from tests.simulation.flower_direct import aggregated, told
 
 if TYPE_CHECKING:
@@ -227,16 +227,8 @@ def test_the_same_round_gives_the_same_bytes_again(
     opened = bench.open_round(min_contributions=ORGS, merge=merge)
     for number, deltas in enumerate(clients(1)):
         bench.contribute(opened, f"org-{number}", deltas)
-    found = set()
-    bench.store.close()
-    for copy in ("one", "two"):
-        copy_coordinator(bench.store.folder, tmp_path / copy)
-        with Store.open(tmp_path / copy) as store:
-            assert run_once(store, clock)
-            with store.database.read() as session:
-                last = releases.latest_release(session, "m")
-        found.add((last.number, last.content_digest, last.master_digest, last.state_digest))
-    assert len(found) == 1
+    first, second = merged_apart(bench, clock, tmp_path)
+    assert first == second
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import torch
 
 from coldmerge.core.dtypes import Floats32
 from coldmerge.rounds.state import Resolve
-from coldmerge_coordinator.store import Store, releases, rounds, states
+from coldmerge_coordinator.store import releases, rounds, states
 from coldmerge_coordinator.store.states import OuterState
 from coldmerge_coordinator.worker import Worker, run_once
-from tests.backends import copy_coordinator
+from tests.coordinator.conftest import merged_apart
 
 if TYPE_CHECKING:
     from tests.coordinator.conftest import Array, Bench
@@ -249,17 +249,8 @@ def test_the_same_round_gives_the_same_bytes_again(
     opened = bench.open_round(min_contributions=2, merge={"outer": NESTEROV})
     for number, sent in enumerate(two(20)):
         bench.contribute(opened, f"org-{number}", sent)
-    found = set()
-    bench.store.close()
-    for copy in ("one", "two"):
-        copy_coordinator(bench.store.folder, tmp_path / copy)
-        with Store.open(tmp_path / copy) as store:
-            assert run_once(store, clock)
-            with store.database.read() as session:
-                last = releases.latest_release(session, "m")
-        assert last.number == 2
-        found.add((last.content_digest, last.master_digest, last.state_digest))
-    assert len(found) == 1
+    first, second = merged_apart(bench, clock, tmp_path)
+    assert first == second
 
 
 class StoppingClock:
