@@ -164,9 +164,8 @@ def measure(federation: Federation, nbytes: int, idle: int, repeats: int) -> Fig
     tuned = synthetic.write(folder / "tuned", nbytes, 1)
     hub.cli("model", "add", MODEL, "--from", base)
     hub.start()
-    honest, other = federation.join(["honest", "other"])
-    for org in (honest, other):
-        org.cli("pull", MODEL)
+    honest, *others = federation.join(["honest", *(f"other-{n}" for n in range(repeats))])
+    honest.cli("pull", MODEL)
     round_id = hub.cli("round", "open", MODEL, "--min", "2")["round"]
     if hub.process is None:
         raise SystemExit("the coordinator is not running")
@@ -175,7 +174,7 @@ def measure(federation: Federation, nbytes: int, idle: int, repeats: int) -> Fig
     with Sampler() as sampler:
         sampler.watch("coordinator", hub.process.pid)
         upload(honest, tuned, round_id, pinger)  # the first one warms up
-        for _ in range(repeats):
+        for other in others:  # another one each time: uploads stay open until their round ends
             runs.append(Run(False, *upload(honest, tuned, round_id, pinger)))
             with crowd(other.home, round_id, idle):
                 runs.append(Run(True, *upload(honest, tuned, round_id, pinger)))
