@@ -107,7 +107,7 @@ class Outbox:
         for name in self._names():
             payload = self._folder / name / PAYLOAD
             if payload.exists() and not self.get(name).pending:
-                payload.unlink()
+                payload.unlink(missing_ok=True)  # its sender may be just about to
 
     def get(self, entry: str) -> OutboxEntry:
         """One entry, its signature checked.
