@@ -1,0 +1,1 @@
+"""Does the released base really get better? `python -m benchmarks.cold --help`."""
