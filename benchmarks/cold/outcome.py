@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -130,7 +130,7 @@ class Score:
         return (self.variant, self.seed, self.release, self.task, self.protocol, self.draw)
 
 
-def pack(hits: Hits) -> str:
+def pack(hits: Hits | Sequence[bool]) -> str:
     """Right or wrong as hex digits."""
     return np.packbits(np.asarray(hits, dtype=bool)).tobytes().hex()
 
