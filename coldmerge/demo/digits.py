@@ -23,8 +23,9 @@ from coldmerge.core.errors import DataError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.demo import folders
 from coldmerge.demo.folders import Example, Task
-from coldmerge_client.training.config import TrainConfig
+from coldmerge_client.training.config import SamConfig, TrainConfig
 from coldmerge_client.training.probe import linear_probe
+from coldmerge_client.training.sam import ahead
 from coldmerge_client.training.trainer import EvaluateJob, Predictions, Trained, TrainJob
 
 TRAINER = "coldmerge.demo.digits:create"
@@ -154,6 +155,7 @@ class Digits:
             epochs=round(self.config.epochs),
             rate=self.config.lr,
             seed=job.seed,
+            sam=self.config.sam,
             progress=progress,
         )
         tuned, kept = job.out / "model", job.out / "head"
@@ -203,12 +205,14 @@ def _fit(
     epochs: int,
     rate: float,
     seed: int,
+    sam: SamConfig | None = None,
     progress: Progress = silent,
 ) -> float:
     """Train in place with Adam; the last loss."""
     pixels = _pixels(examples)
     labels = torch.tensor([example.label for example in examples])
-    optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], lr=rate)
+    trained = [*network.parameters(), *head.parameters()]
+    optimizer = torch.optim.Adam(trained, lr=rate)
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())
     for epoch in range(epochs):
@@ -216,6 +220,9 @@ def _fit(
             loss = functional.cross_entropy(head(network(pixels[batch])), labels[batch])
             optimizer.zero_grad()
             loss.backward()
+            if sam is not None:
+                with ahead(trained, sam.rho):
+                    functional.cross_entropy(head(network(pixels[batch])), labels[batch]).backward()
             optimizer.step()
         progress("train", epoch + 1, epochs)
     return float(loss.detach())

@@ -52,6 +52,18 @@ def test_training_is_reproducible_and_keeps_its_head(tmp_path: Path) -> None:
     assert again.metrics["train_loss"] < runs[0].metrics["train_loss"]
 
 
+def test_flat_minima_are_looked_for_where_asked(tmp_path: Path) -> None:
+    base = digits.pretrain(tmp_path / "base", seed=0)
+    plain = config(tmp_path)
+    found = []
+    for name, sam in (("plain", None), ("still", {"rho": 1e-30}), ("far", {"rho": 0.5})):
+        chosen = TrainConfig.parse({**plain.model_dump(), "sam": sam})
+        run = load_trainer(chosen).train(TrainJob(base, tmp_path / name, None, chosen, seed=3))
+        found.append(load_file(run.folder / "model.safetensors")["dense.weight"])
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
 def test_predictions_are_of_the_validation_part(tmp_path: Path) -> None:
     base = digits.pretrain(tmp_path / "base", seed=0)
     chosen = config(tmp_path)

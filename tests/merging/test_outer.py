@@ -108,6 +108,21 @@ def test_slow_weights_follow_the_sum_of_all_task_vectors() -> None:
     np.testing.assert_allclose(run(outer("ema", {"momentum": 0}), start)[0][-1], fast, atol=2e-6)
 
 
+@pytest.mark.parametrize("keep", [0.5, 0.9])
+def test_an_average_of_releases_holds_what_the_rules_page_says(keep: float) -> None:
+    """After t rounds: θ₀ + Σ (1 − m^(t−s+1))·τₛ, in NumPy and without the optimizer's recursion."""
+    start = draw(99)
+    path, _ = run(outer("ema", {"momentum": keep}), start)
+    steps = np.stack(taus())
+    for t, theta in enumerate(path, 1):
+        arrived = 1 - keep ** np.arange(t, 0, -1)
+        np.testing.assert_allclose(theta, start + arrived @ steps[:t], rtol=0, atol=2e-6)
+    sums = start + np.cumsum(steps, axis=0)
+    shares = (1 - keep) * keep ** np.arange(ROUNDS - 1, -1, -1)
+    average = keep**ROUNDS * start + shares @ sums
+    np.testing.assert_allclose(path[-1], average, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", outer_names())
 def test_blocks_do_not_change_a_bit_and_zeros_do_not_move(name: str) -> None:
     start = draw(99)

@@ -87,6 +87,12 @@ class LoraConfig(Settings):
     rslora: bool = False
 
 
+class SamConfig(Settings):
+    """Sharpness-aware minimization (arXiv 2010.01412); `rho` is how far it looks for the worst."""
+
+    rho: float = Field(default=0.05, gt=0, le=10)
+
+
 class EvaluateConfig(Settings):
     """The paired evaluation at home. The caps keep it quick on large data.
 
@@ -104,9 +110,9 @@ class TrainConfig(Settings):
 
     `pooling: mean` puts a linear head on the mean of the states, which is right for sentence
     encoders, in place of the head that transformers has for the architecture. `head_lr`
-    defaults to ten times `lr`. A checkpoint to resume from is written every
-    `checkpoint_minutes` (0: after each step; null: never). `threads` bounds torch's
-    threads. `options` is for trainers of your own.
+    defaults to ten times `lr`. With `sam` each step takes two passes. A checkpoint to resume
+    from is written every `checkpoint_minutes` (0: after each step; null: never). `threads`
+    bounds torch's threads. `options` is for trainers of your own.
     """
 
     trainer: str = "sequence-classification"
@@ -114,6 +120,7 @@ class TrainConfig(Settings):
     pooling: Literal["model", "mean"] = "model"
     method: Literal["full", "lora"] = "full"
     lora: LoraConfig = LoraConfig()
+    sam: SamConfig | None = None
     epochs: float = Field(default=1.0, gt=0)
     batch_size: int = Field(default=16, ge=1)
     accumulate: int = Field(default=1, ge=1)

@@ -15,7 +15,7 @@ from coldmerge.core.errors import DataError
 from coldmerge.core.files import fsync_path
 from coldmerge.core.progress import Progress
 from coldmerge_client.files import write_atomic
-from coldmerge_client.training import models
+from coldmerge_client.training import models, sam
 from coldmerge_client.training.config import TrainConfig
 
 COMPLETE = "coldmerge-complete"
@@ -90,14 +90,36 @@ def _arguments(config: TrainConfig, seed: int, folder: Path) -> Any:
 
 
 class _Trainer(transformers.Trainer):
-    """transformers' Trainer, with a learning rate of its own for the head."""
+    """transformers' Trainer, with a learning rate of its own for the head, and SAM."""
 
     optimizer: torch.optim.Optimizer | None
 
     def __init__(self, head: Sequence[torch.Tensor], config: TrainConfig, **settings: Any) -> None:
         self._head = {id(parameter) for parameter in head}
         self._config = config
+        self._passed: list[tuple[dict[str, Any], sam.Chance]] = []
         super().__init__(**settings)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Loss and gradients of a batch; with SAM, those of the update's batches further on.
+
+        SAM's ascent needs the gradient of all batches that are summed into one update, so
+        the second pass over all of them follows on the last one's first.
+        """
+        if self._config.sam is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._passed.append((dict(inputs), sam.Chance(self.args.device)))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            passed, self._passed = self._passed, []
+            trained = [each for each in model.parameters() if each.requires_grad]
+            with sam.ahead(trained, self._config.sam.rho):
+                for batch, chance in passed:
+                    chance.again()
+                    super().training_step(model, batch, num_items_in_batch)
+        return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over what is trained; biases and norms do not decay."""

@@ -163,11 +163,11 @@ from pathlib import Path
 import torch
 from coldmerge_client.training import TrainConfig, TrainJob, load_trainer
 torch.set_num_threads(1)
-release, out, data, method, freeze = sys.argv[1:]
+release, out, data, method, freeze, rho = sys.argv[1:]
 config = TrainConfig.parse({
     "data": data, "batch_size": 8, "lr": 1e-3, "max_length": 16, "device": "cpu", "epochs": 2,
     "checkpoint_minutes": 0, "bf16": True, "method": method, "freeze": freeze.split(),
-    "lora": {"target_modules": ["query", "value"]},
+    "lora": {"target_modules": ["query", "value"]}, "sam": {"rho": float(rho)} if rho else None,
 })
 def die(step, done, total):
     if done == 7:
@@ -177,13 +177,25 @@ load_trainer(config).train(TrainJob(Path(release), Path(out), None, config, 3), 
 
 
 @pytest.mark.parametrize(
-    ("method", "freeze"), [("full", "embeddings.* encoder.layer.0.*"), ("lora", "")]
+    ("method", "freeze", "rho"),
+    [
+        ("full", "embeddings.* encoder.layer.0.*", ""),
+        ("full", "embeddings.* encoder.layer.0.*", "0.05"),
+        ("lora", "", ""),
+    ],
 )
 def test_training_killed_in_the_middle_resumes_to_the_same_tensors(
-    bert: Path, configure: Configure, job: Job, data: Path, tmp_path: Path, method: str, freeze: str
+    bert: Path,
+    configure: Configure,
+    job: Job,
+    data: Path,
+    tmp_path: Path,
+    method: str,
+    freeze: str,
+    rho: str,
 ) -> None:
     out = tmp_path / "killed"
-    arguments = [str(bert), str(out), str(data), method, freeze]
+    arguments = [str(bert), str(out), str(data), method, freeze, rho]
     ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
     assert ended.returncode == -signal.SIGKILL
     half_written = out / "checkpoints" / "checkpoint-99"
@@ -194,6 +206,7 @@ def test_training_killed_in_the_middle_resumes_to_the_same_tensors(
         "freeze": freeze.split(),
         "bf16": True,
         "lora": {"target_modules": ["query", "value"]},
+        "sam": {"rho": float(rho)} if rho else None,
         "epochs": 2,
     }
     config = configure(**settings, checkpoint_minutes=0)
