@@ -6,11 +6,13 @@ model: digits                     # minilm, or a Hugging Face folder
 contributors: 20
 data: {source: digits, partition: {by: dirichlet, alpha: 0.5}}
 train: {epochs: 2}                # a training configuration without `data`
+overrides: {org-03: {epochs: 1}}  # what is otherwise for one contributor
 round: {min_contributions: 3, merge: {method: mean}}
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +27,7 @@ from coldmerge.core.validation import first_problem
 from coldmerge.rounds.policy import Duration, RoundTemplate
 from coldmerge_client.training.config import Settings, TrainConfig
 from coldmerge_simulation.contributors.conduct import Attacker, Participation
-from coldmerge_simulation.data import DataConfig
+from coldmerge_simulation.data import DataConfig, names
 
 MODELS = ("digits", "minilm")
 """Models that need no folder."""
@@ -44,11 +46,12 @@ class Measuring(Settings):
 class SimulationConfig(Settings):
     """What is simulated. All but the last three decide the result.
 
-    `train` is a training configuration; data, seed and threads are the simulation's. `round`
-    is a round template; without a `duration` a round takes whoever comes within a simulated
-    day. `at_a_time` bounds how many contributors are asked and not heard of yet, and
-    `patience` how long one answer may take, in real time. `supernodes` is how many the engine
-    `federation` starts: they share the contributors.
+    `train` is a training configuration; data, seed and threads are the simulation's.
+    `overrides` are keys of it that are otherwise for the contributor of that name. `round` is
+    a round template; without a `duration` a round takes whoever comes within a simulated day.
+    `at_a_time` bounds how many contributors are asked and not heard of yet, and `patience` how
+    long one answer may take, in real time. `supernodes` is how many the engine `federation`
+    starts: they share the contributors.
     """
 
     name: Identifier = "simulation"
@@ -59,6 +62,7 @@ class SimulationConfig(Settings):
     contributors: int = Field(default=20, ge=1, le=10_000)
     data: DataConfig = DataConfig()
     train: dict[str, Any] = Field(default_factory=dict)
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     participation: Participation = Participation()
     attackers: tuple[Attacker, ...] = ()
     round: RoundTemplate = RoundTemplate()
@@ -81,17 +85,26 @@ class SimulationConfig(Settings):
     @classmethod
     def _trains(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         """Checked here, so that it is not each contributor who finds the mistake."""
-        forced = sorted(_FORCED & value.keys())
-        if forced:
-            raise ValueError(f"{forced[0]} is the simulation's own; leave it out")
-        folder = (info.context or {}).get("folder", Path.cwd())
-        try:
-            checked = TrainConfig.parse({**value, "data": "."}, folder)
-        except ColdmergeError as error:
-            raise ValueError(f"{error.message}") from error
-        if "trainer" in value:  # a file of one's own, made absolute
-            value = {**value, "trainer": checked.trainer}
-        return value
+        return _checked(value, {}, info)
+
+    @field_validator("overrides")
+    @classmethod
+    def _trains_otherwise(
+        cls, value: dict[str, dict[str, Any]], info: ValidationInfo
+    ) -> dict[str, dict[str, Any]]:
+        common = info.data.get("train", {})
+        return {name: _checked(settings, common, info) for name, settings in value.items()}
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Self:
+        known = names(self.contributors)
+        for key, named in (("overrides", self.overrides), ("data.keeps", self.data.keeps)):
+            unknown = sorted(set(named) - set(known))
+            if unknown:
+                raise ValueError(
+                    f"{unknown[0]} in {key} is no contributor; they are {known[0]} to {known[-1]}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -142,6 +155,30 @@ class SimulationConfig(Settings):
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values that `parse` reads back."""
         return self.model_dump(mode="json")
+
+
+def merged(settings: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the values of `otherwise`, section by section."""
+    found = dict(settings)
+    for key, value in otherwise.items():
+        known = found.get(key)
+        if isinstance(value, Mapping) and isinstance(known, Mapping):
+            value = merged(known, value)
+        found[key] = value
+    return found
+
+
+def _checked(value: dict[str, Any], common: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """A training configuration, or what is otherwise than in `common`; files made absolute."""
+    forced = sorted(_FORCED & value.keys())
+    if forced:
+        raise ValueError(f"{forced[0]} is the simulation's own; leave it out")
+    folder = (info.context or {}).get("folder", Path.cwd())
+    try:
+        checked = TrainConfig.parse({**merged(common, value), "data": "."}, folder)
+    except ColdmergeError as error:
+        raise ValueError(f"{error.message}") from error
+    return {**value, "trainer": checked.trainer} if "trainer" in value else value
 
 
 def _hint(key: str) -> str:

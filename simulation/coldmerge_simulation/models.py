@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coldmerge.demo.plan import minilm, text_training
-from coldmerge_simulation.config import SimulationConfig
+from coldmerge_simulation.config import SimulationConfig, merged
 
 DIGITS = "coldmerge.demo.digits:create"
 DIGITS_TRAINING = {"trainer": DIGITS, "epochs": 4, "lr": 1e-3}
@@ -33,10 +33,11 @@ def place(config: SimulationConfig, base: Path) -> None:
     partial.rename(base)
 
 
-def train_settings(config: SimulationConfig) -> dict[str, Any]:
-    """The contributors' training configuration, without what the simulation decides."""
+def train_settings(config: SimulationConfig, name: str | None = None) -> dict[str, Any]:
+    """The training configuration, without what the simulation decides: everybody's, or one's."""
+    found = dict(config.train)
     if config.model == "digits":
-        return {**DIGITS_TRAINING, **config.train}
-    if config.model == "minilm":
-        return {**text_training(minilm()), **config.train}
-    return dict(config.train)
+        found = {**DIGITS_TRAINING, **found}
+    elif config.model == "minilm":
+        found = {**text_training(minilm()), **found}
+    return merged(found, config.overrides.get(name, {})) if name else found

@@ -208,6 +208,37 @@ def test_one_contributor_to_a_task_keeps_its_parts(tmp_path: Path) -> None:
     assert sorted(lines(made.shares[0].folder / "validation.jsonl"), key=key) == texts(12)
 
 
+def test_some_keep_only_a_share_of_what_they_were_dealt(tmp_path: Path) -> None:
+    task_folder(tmp_path / "a", texts(90, ("one", "two", "three")))
+    (tmp_path / "a/validation.jsonl").write_text(
+        "\n".join(
+            json.dumps({**row, "text": f"v{row['text']}"}) for row in texts(30, ("one", "two"))
+        )
+    )
+    full, keeping = (
+        make(config("iid", tmp_path, source="a", keeps=keeps), 2, 5, tmp_path / f"data-{place}")
+        for place, keeps in enumerate(({}, {"org-2": 0.2}))
+    )
+
+    def held(made: Any, place: int, part: str) -> list[dict[str, Any]]:
+        return lines(made.shares[place].folder / f"{part}.jsonl")
+
+    for part in ("train", "validation"):
+        assert held(full, 0, part) == held(keeping, 0, part)
+        known = [row["text"] for row in held(full, 1, part)]
+        kept = [row["text"] for row in held(keeping, 1, part)]
+        assert set(kept) < set(known)
+        assert len(kept) == round(0.2 * len(known))
+    assert {row["label"] for row in held(keeping, 1, "train")} == {"one", "two", "three"}
+    assert keeping.shares[1].examples == len(held(keeping, 1, "train"))
+
+
+def test_a_share_that_is_too_small_to_train_on_is_refused(tmp_path: Path) -> None:
+    task_folder(tmp_path / "a", texts(40))
+    keeps = {"org-1": 0.001}
+    assert wrong(tmp_path, "iid", 2, source="a", keeps=keeps) == "simulation.share_too_small"
+
+
 def test_without_validation_each_contributor_sets_some_aside(tmp_path: Path) -> None:
     task_folder(tmp_path / "a", texts(60))
     made = make(

@@ -11,6 +11,7 @@ from coldmerge.core.errors import ColdmergeError, ConfigError, ConflictError
 from coldmerge_coordinator.store import Store, contributions
 from coldmerge_coordinator.store.models import Contribution
 from coldmerge_simulation import SimulationConfig, simulate
+from coldmerge_simulation.models import train_settings
 from coldmerge_simulation.run import Simulation
 from tests.simulation.settings import digests, settings
 
@@ -117,6 +118,11 @@ def test_a_finished_run_is_only_read(done: Simulation) -> None:
         ({"nodes": 3}, "nodes"),
         ({"train": {"epohs": 3}}, "epohs"),
         ({"train": {"threads": 3}}, "threads"),
+        ({"overrides": {"org-4": {"epohs": 3}}}, "epohs"),
+        ({"overrides": {"org-4": {"seed": 3}}}, "seed"),
+        ({"overrides": {"org-5": {"epochs": 3}}}, "org-5 in overrides"),
+        ({"data": {"keeps": {"org-04": 0.1}}}, "org-04 in data.keeps"),
+        ({"data": {"keeps": {"org-4": 0}}}, "keeps"),
         ({"data": {"partition": {"by": "magic"}}}, "magic"),
         ({"round": {"min_contributions": 9}}, "min_contributions"),
         ({"attackers": [{"count": 9, "kind": "nan"}]}, "attackers"),
@@ -140,6 +146,32 @@ def test_an_unknown_engine_lists_the_known_ones(tmp_path: Path) -> None:
 def test_the_configuration_is_read_back_from_json() -> None:
     config = SimulationConfig.parse(settings(attackers=[{"count": 1, "kind": "noise"}]))
     assert SimulationConfig.parse(config.to_json()) == config
+
+
+def test_one_contributor_trains_otherwise(tmp_path: Path) -> None:
+    """What the others send stays the same: only one of four inputs of the merge differs."""
+
+    def sent(name: str, **changes: Any) -> dict[str, float]:
+        found = simulate(settings(rounds=1, **changes), out=tmp_path / name)
+        assert found.values["rounds"][0]["bytes"] > 4 * 80_000
+        with Store.open(found.folder / "hub") as store, store.database.read() as session:
+            return {row.contributor: row.norm for row in session.query(Contribution)}
+
+    plain = sent("plain")
+    other = sent("other", overrides={"org-2": {"epochs": 3}})
+    same = sent("same", overrides={"org-2": {"epochs": 1}})
+    assert {name for name in plain if plain[name] != other[name]} == {"org-2"}
+    assert plain == same
+
+
+def test_sections_of_overrides_are_joined_with_those_of_everybody() -> None:
+    train = {"epochs": 1, "evaluate": {"max_examples": 9}}
+    values = settings(train=train, overrides={"org-1": {"evaluate": {"after_training": False}}})
+    config = SimulationConfig.parse(values)
+    mine, others = train_settings(config, "org-1"), train_settings(config, "org-2")
+    assert mine["evaluate"] == {"after_training": False, "max_examples": 9}
+    assert others == {**mine, "evaluate": {"max_examples": 9}}
+    assert others == train_settings(config)
 
 
 def test_some_are_asked_by_their_number(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ class _Run:
         private = self.hub.private()
         for one in coming:
             values = {
-                **self._about(row, one.turn),
+                **self._about(row, one.turn, one.name),
                 "base_digest": one.base_digest,
                 "base_number": one.base_number,
                 "now": one.at.isoformat(),
@@ -217,7 +217,7 @@ class _Run:
             }
             yield self._order(TRAIN, one.name, values, (one.base_digest,))
 
-    def _about(self, row: Round, number: int) -> dict[str, Any]:
+    def _about(self, row: Round, number: int, name: str) -> dict[str, Any]:
         return {
             "run": str(self.folder.path) if self.setting.shared else None,
             "seed": self.config.seed,
@@ -226,7 +226,7 @@ class _Run:
             "number": number,
             "base_digest": row.base_digest,
             "base_number": row.base_number,
-            "train": train_settings(self.config),
+            "train": train_settings(self.config, name),
         }
 
     def _order(
@@ -293,13 +293,13 @@ class _Run:
 
     def _judging(self, row: Round, number: int, names: tuple[str, ...]) -> Iterator[Order]:
         candidate = row.candidate_digest or ""
-        values = {
-            **self._about(row, number),
-            "candidate": candidate,
-            "probe_seed": row.probe_seed,
-            "now": self.hub.clock.now().isoformat(),
-        }
         for name in names:
+            values = {
+                **self._about(row, number, name),
+                "candidate": candidate,
+                "probe_seed": row.probe_seed,
+                "now": self.hub.clock.now().isoformat(),
+            }
             yield self._order(EVALUATE, name, values, (row.base_digest, candidate))
 
     def _score(self, number: int) -> None:
@@ -322,6 +322,7 @@ class _Run:
             "base": row.base_number,
             "release": row.release_number,
             "accepted": sorted(n for n, s in states.items() if s == _ADMITTED),
+            "bytes": sum(i.payload_bytes for i in known.values() if i.state == _ADMITTED),
             "quarantined": sorted(n for n, s in states.items() if s != _ADMITTED),
             **{key: value for key, value in vars(entry).items() if key != "number"},
             "turns": entry.turns if self.config.round.continuous else {},

@@ -6,10 +6,12 @@ tasks: [digits-234]           # of the source; without it, the source's own choi
 unseen: [digits-789]          # tasks that nobody trains on; [] for none
 columns: {text: text, label: label}
 partition: {by: dirichlet, alpha: 0.5, minimum: 8}
+keeps: {org-03: 0.1}          # of what it was dealt
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -51,7 +53,8 @@ class DataConfig(Settings):
 
     `source` is `digits`, `documentation` or a folder: of task folders, or one task folder
     with train.jsonl, test.jsonl and perhaps validation.jsonl. With several tasks each
-    contributor holds one of them, and the partitioner deals each task to its holders.
+    contributor holds one of them, and the partitioner deals each task to its holders. Those
+    named in `keeps` have only that share of their examples, for training and validation.
     """
 
     source: str = "digits"
@@ -59,6 +62,7 @@ class DataConfig(Settings):
     unseen: tuple[str, ...] | None = None
     columns: Columns = Columns()
     partition: Annotated[SerializeAsAny[Partitioner], BeforeValidator(_partitioner)] = ByTask()
+    keeps: Mapping[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
 
     @field_validator("source")
     @classmethod

@@ -53,11 +53,17 @@ class Shares:
         return tuple(share.name for share in self.shares)
 
 
+def names(contributors: int) -> tuple[str, ...]:
+    """What the contributors of a simulation are called: org-01, org-02 and so on."""
+    width = len(str(contributors))
+    return tuple(f"org-{number:0{width}d}" for number in range(1, contributors + 1))
+
+
 def make(config: DataConfig, contributors: int, seed: int, folder: Path) -> Shares:
     """Write everybody's data into `folder`, or read what is there for the same settings.
 
-    The contributors are called org-01, org-02 and so on; of T tasks, the n-th contributor
-    holds task n modulo T.
+    The contributors are called as `names` says; of T tasks, the n-th contributor holds task n
+    modulo T.
 
     Raises:
         ConfigError: the source has no such task, or a partitioner did not deal properly.
@@ -109,11 +115,9 @@ def _write(
     folder: Path,
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    width = len(str(contributors))
     for place, source in enumerate(seen):
-        holders = range(place, contributors, len(seen))
-        for position, part in zip(holders, _dealt(config, source, len(holders), seed), strict=True):
-            name = f"org-{position + 1:0{width}d}"
+        holders = names(contributors)[place :: len(seen)]
+        for name, part in zip(holders, _dealt(config, source, holders, seed), strict=True):
             train, validation = _halves(source, part, f"{seed}/{name}")
             for half, lines in (("train", train), ("validation", validation)):
                 _write_lines(folder / name / f"{half}.jsonl", lines)
@@ -126,8 +130,9 @@ def _write(
     return sorted(rows, key=lambda row: str(row["name"]))
 
 
-def _dealt(config: DataConfig, source: Source, count: int, seed: int) -> Parts:
+def _dealt(config: DataConfig, source: Source, holders: Sequence[str], seed: int) -> Parts:
     """Positions in the source's training and validation rows, one list for each holder."""
+    count = len(holders)
     task, rows = source.task, [*source.train, *source.validation]
     kinds = [example.label for example in (*task.train, *task.validation)]
     if len(set(kinds)) < 2:
@@ -139,7 +144,26 @@ def _dealt(config: DataConfig, source: Source, count: int, seed: int) -> Parts:
     draw = np.random.default_rng(list(key))
     parts = config.partition.deal(pool, count, draw)
     _check_parts(parts, pool, count, name)
-    return parts
+    kept = [
+        _kept(config.keeps.get(holder, 1.0), part, pool, len(source.train), f"{seed}/{holder}")
+        for holder, part in zip(holders, parts, strict=True)
+    ]
+    _check_parts(kept, pool, count, name)
+    return kept
+
+
+def _kept(share: float, part: list[int], pool: Pool, border: int, key: str) -> list[int]:
+    """That share of a part below and from `border` on, every label of it while there is room."""
+    if share == 1:
+        return part
+    seed = list(hashlib.sha256(f"{key}/keeps".encode()).digest())
+    order = np.random.default_rng(seed).permutation(sorted(part)).tolist()
+    found: list[int] = []
+    for half in ([p for p in order if p < border], [p for p in order if p >= border]):
+        first = {int(pool.labels[position]): position for position in reversed(half)}
+        wanted = max(1, round(share * len(half)))
+        found += list(dict.fromkeys([*sorted(first.values()), *half]))[:wanted]
+    return sorted(found)
 
 
 def _check_parts(parts: Parts, pool: Pool, count: int, name: str) -> None:
@@ -166,7 +190,7 @@ def _check_parts(parts: Parts, pool: Pool, count: int, name: str) -> None:
                 f"The partitioner {name} leaves a contributor to {pool.task} too little.",
                 expected=f"at least {LEAST} examples for each, two of them of one label",
                 got=f"{len(part)} examples of {len(counts)} labels",
-                hint="Take fewer contributors, or another data.partition.",
+                hint="Take fewer contributors, another data.partition, or a larger data.keeps.",
             )
 
 

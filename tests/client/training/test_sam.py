@@ -35,7 +35,7 @@ def test_the_second_gradient_is_that_of_the_worst_place_nearby() -> None:
 
     def backward() -> None:
         weights = torch.cat([first, second])
-        (weights @ known @ weights / 2).backward()  # type: ignore[no-untyped-call]
+        (weights @ known @ weights / 2).backward()
 
     backward()
     with ahead([first, second, idle], RHO):
