@@ -31,6 +31,7 @@ class CausalLM(HuggingFaceTrainer):
             self._encoded(tokenizer, train),
             self._encoded(tokenizer, found.validation),
             dropped=found.dropped,
+            drawn=len(train) < len(found.train),
         )
 
     def predict(self, job: EvaluateJob, progress: Progress = silent) -> Predictions:

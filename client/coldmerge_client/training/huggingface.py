@@ -32,12 +32,16 @@ Head = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenized examples and the vocabulary of their labels."""
+    """Tokenized examples and the vocabulary of their labels.
+
+    `drawn` says that `train` is a sample: another round draws another one.
+    """
 
     train: list[Features]
     validation: list[Features]
     labels: tuple[str, ...] = ()
     dropped: int = 0
+    drawn: bool = False
 
 
 class HuggingFaceTrainer(ABC):
@@ -161,7 +165,8 @@ class HuggingFaceTrainer(ABC):
         """Train in place; steps, loss and the scores with the model's own head."""
         limits = self.config.evaluate
         validation = data.validation[: limits.max_examples] if limits.after_training else []
-        with self._short(job, model, [*data.train, *validation], collate) as examples:
+        passing = len(data.train) if data.drawn else 0
+        with self._short(job, model, [*data.train, *validation], collate, passing) as examples:
             metrics = fit(
                 model,
                 examples[: len(data.train)],
@@ -187,13 +192,22 @@ class HuggingFaceTrainer(ABC):
 
     @contextmanager
     def _short(
-        self, job: TrainJob, model: Any, examples: Sequence[Features], collate: Collator
+        self,
+        job: TrainJob,
+        model: Any,
+        examples: Sequence[Features],
+        collate: Collator,
+        passing: int,
     ) -> Iterator[Sequence[Features]]:
-        """The examples, past the frozen bottom of the model where it can be cut off."""
+        """The examples, past the frozen bottom of the model where it can be cut off.
+
+        The first `passing` of them are of this round only.
+        """
         body = getattr(model, "base_model", None)
         cut = None
         if self.config.method == "full" and self.config.freeze and body is not None:
-            cut = trunk.cut(body.to(models.device(self.config)), examples, collate, job.cache)
+            body = body.to(models.device(self.config))
+            cut = trunk.cut(body, examples, collate, job.cache, passing)
         try:
             yield cut.examples if cut else examples
         finally:

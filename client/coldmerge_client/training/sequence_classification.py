@@ -42,7 +42,10 @@ class SequenceClassification(HuggingFaceTrainer):
                 for feature, example in zip(features, examples, strict=True)
             ]
 
-        return Prepared(encoded(train), encoded(found.validation), found.labels, found.dropped)
+        drawn = len(train) < len(found.train)
+        return Prepared(
+            encoded(train), encoded(found.validation), found.labels, found.dropped, drawn
+        )
 
     def load(self, job: TrainJob, labels: Sequence[str], settings: dict[str, Any]) -> Any:
         """The auto model, or the body under a mean-pooled linear head."""

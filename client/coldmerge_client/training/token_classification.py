@@ -41,7 +41,10 @@ class TokenClassification(HuggingFaceTrainer):
                 )
             ]
 
-        return Prepared(encoded(train), encoded(found.validation), found.labels, found.dropped)
+        drawn = len(train) < len(found.train)
+        return Prepared(
+            encoded(train), encoded(found.validation), found.labels, found.dropped, drawn
+        )
 
     def predict(self, job: EvaluateJob, progress: Progress = silent) -> Predictions:
         """A probe on the features of words, refitted on the training data of this release."""

@@ -51,9 +51,17 @@ class Cut:
 
 
 def cut(
-    body: Any, examples: Sequence[Features], collate: Collator, cache: Path | None = None
+    body: Any,
+    examples: Sequence[Features],
+    collate: Collator,
+    cache: Path | None = None,
+    passing: int = 0,
 ) -> Cut | None:
-    """Cut the frozen bottom off `body`, in place; None where there is none or it does not work."""
+    """Cut the frozen bottom off `body`, in place; None where there is none or it does not work.
+
+    The states of the first `passing` examples, which come together only once, are not kept
+    in `cache`: nobody would find them again.
+    """
     place = _layers(body)
     size = 4 * body.config.hidden_size * sum(len(example["input_ids"]) for example in examples)
     if place is None or not examples or size > MAX_BYTES:
@@ -63,7 +71,11 @@ def cut(
     depth = _frozen_depth(body, layers, sample)
     if depth == 0:
         return None
-    states = _states(body, layers, depth, examples, collate, cache)
+    once, often = examples[:passing], examples[passing:]
+    states = [
+        *_states(body, layers, depth, once, collate, None),
+        *_states(body, layers, depth, often, collate, cache),
+    ]
     fed = [
         {
             "attention_mask": example["attention_mask"],
@@ -166,7 +178,7 @@ def _states(
     cache: Path | None,
 ) -> list[torch.Tensor]:
     """The hidden states that enter layer `depth`: float32 [length, hidden] per example."""
-    if cache is None:
+    if cache is None or not examples:
         return _compute(body, layers, depth, examples, collate)
     path = cache / f"trunk-{_key(body, layers, depth, examples)}.safetensors"
     lengths = [len(example["input_ids"]) for example in examples]

@@ -94,6 +94,24 @@ def test_frozen_tensors_stay_and_the_rest_learns(
     assert all(one[name].equal(two[name]) for name in one)
 
 
+def test_only_states_that_come_again_are_kept(
+    configure: Configure, job: Job, tmp_path: Path
+) -> None:
+    """A sample of the training data comes once; the validation data comes in every round."""
+    cache = tmp_path / "cache"
+    freeze = ["embeddings.*", "encoder.layer.[0-1].*"]
+    drawing = configure(freeze=freeze, max_examples=30)
+    found = []
+    for number in range(3):
+        trained = load_trainer(drawing).train(job(drawing, f"{number}", seed=number, cache=cache))
+        found.append(tensors(trained.folder))
+        (kept,) = cache.glob("trunk-*.safetensors")
+    lengths = len(safetensors.torch.load_file(kept)["states"])
+    apart = load_trainer(drawing).train(job(drawing, "apart", seed=2))
+    assert all(found[2][name].equal(value) for name, value in tensors(apart.folder).items())
+    assert 20 * 4 <= lengths <= 20 * 10
+
+
 def test_a_pattern_that_matches_nothing_is_refused(configure: Configure, job: Job) -> None:
     config = configure(freeze=["encoder.layer.7.*"])
     with pytest.raises(ConfigError) as caught:
