@@ -1,0 +1,138 @@
+"""Recipes: overrides of a simulation's configuration, and the studies that they make up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coldmerge.core import yaml_file
+from coldmerge.core.errors import ConfigError
+
+FOLDER = Path(__file__).with_name("recipes")
+COMMON = "mean"
+"""The recipe that all others override."""
+
+STUDIES: dict[str, tuple[str, ...]] = {
+    "main": (),
+    "policies": (
+        "atm",
+        "nesterov",
+        "adam",
+        "ema",
+        "ties",
+        "breadcrumbs",
+        "iso-c",
+        "partial",
+    ),
+    "cohort": ("cohort-2", "cohort-4", "cohort-16"),
+    "examples": ("examples-100", "examples-250", "examples-1000"),
+    "lora": ("lora",),
+}
+"""What is run beside the plain mean, by name of the study."""
+
+ONESHOT: dict[str, dict[str, Any]] = {
+    "ties": {"density": 0.2},
+    "task_arithmetic": {"weight": 0.3},
+    "iso_c": {},
+    "breadcrumbs": {"weight": 0.3},
+}
+"""One-shot merges beside the mean, with parameters of the papers' order."""
+
+
+def load(name: str) -> dict[str, Any]:
+    """A recipe's overrides.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    try:
+        return dict(yaml_file.load(FOLDER / f"{name}.yaml") or {})
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "cold.unknown_recipe",
+            f"There is no recipe {name}.",
+            expected=", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml"))),
+            got=name,
+            hint="Recipes are files of benchmarks/cold/recipes.",
+        ) from error
+
+
+def over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with changes in them; sections are changed, values replaced."""
+    found = copy.deepcopy(dict(settings))
+    for key, value in changes.items():
+        mine = found.get(key)
+        both = isinstance(mine, dict) and isinstance(value, Mapping)
+        # Another merge method has other parameters.
+        if key == "merge" and both and "method" in value:
+            both = False
+        found[key] = over(mine, value) if both and isinstance(mine, dict) else value
+    return found
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What all simulations of a plan share.
+
+    Attributes:
+        data: the data folder.
+        seen: names of the sets that contributors train on.
+        counts: how many training examples each of them has.
+        model: a model folder, or a name that simulations know.
+        rounds: of the plain mean.
+        changes: overrides for all of them, such as the cheap setting.
+
+    """
+
+    data: Path
+    seen: tuple[str, ...]
+    counts: tuple[int, ...]
+    model: str
+    rounds: int
+    changes: Mapping[str, Any]
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The plain mean's settings."""
+        found = over(load(COMMON), self.changes)
+        data = {"source": str(self.data), "tasks": list(self.seen), "unseen": []}
+        whose = {"model": self.model, "contributors": len(self.seen), "data": data}
+        return {**found, **whose, "rounds": self.rounds}
+
+    @property
+    def examples(self) -> int:
+        """Training examples of a contributor in a round, at most."""
+        return int(self.common["train"]["max_examples"])
+
+    def simulation(self, recipe: str, seed: int) -> dict[str, Any]:
+        """A recipe's simulation. With fewer epochs a round there are more rounds: equal compute."""
+        changes = load(recipe) if recipe != COMMON else {}
+        found = over(self.common, changes)
+        epochs = self.common["train"]["epochs"]
+        rounds = self.rounds * epochs / found["train"]["epochs"]
+        found["data"]["tasks"] = list(self.seen[: found["contributors"]])
+        return {**found, "seed": seed, "rounds": max(1, round(rounds))}
+
+    def at_once(self) -> dict[str, Any]:
+        """All rounds' training as one: as many steps in total, on as many examples."""
+        most = self.examples * self.rounds
+        each = sum(min(self.examples, count) for count in self.counts) * self.rounds
+        there = sum(min(most, count) for count in self.counts)
+        epochs = self.common["train"]["epochs"] * each / there
+        return {"epochs": round(epochs, 4), "max_examples": most}
+
+    def oneshot(self, seed: int) -> dict[str, Any]:
+        """Independent fine-tunes of equal compute, and one mean of them."""
+        return over(self.common, {"seed": seed, "rounds": 1, "train": self.at_once()})
+
+    def multitask(self, pooled: Path, seed: int) -> dict[str, Any]:
+        """One contributor that holds everybody's examples: what sharing them would give."""
+        train = {**self.at_once(), "max_examples": None}
+        train["trainer"] = "benchmarks.cold.multitask:create"
+        found = over(self.common, {"seed": seed, "rounds": 1, "contributors": 1, "train": train})
+        found["data"] = {"source": str(pooled), "tasks": [pooled.name], "unseen": []}
+        found["round"] = over(found["round"], {"min_contributions": 1})
+        return found
