@@ -17,6 +17,7 @@ COMMON = "mean"
 
 STUDIES: dict[str, tuple[str, ...]] = {
     "main": (),
+    "mean": (),
     "policies": (
         "atm",
         "nesterov",
@@ -25,13 +26,14 @@ STUDIES: dict[str, tuple[str, ...]] = {
         "ties",
         "breadcrumbs",
         "iso-c",
+        "sam",
         "partial",
     ),
     "cohort": ("cohort-2", "cohort-4", "cohort-16"),
     "examples": ("examples-100", "examples-250", "examples-1000"),
     "lora": ("lora",),
 }
-"""What is run beside the plain mean, by name of the study."""
+"""What is run beside the plain mean, by name of the study; `main` has baselines too."""
 
 ONESHOT: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.2},
