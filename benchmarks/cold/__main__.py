@@ -291,7 +291,8 @@ def _report(folder: Path) -> None:
 
 @contextmanager
 def _pool() -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), initializer=jobs.start)
+    spawn, mine = get_context("spawn"), (os.getpid(),)
+    pool = ProcessPoolExecutor(WORKERS, mp_context=spawn, initializer=jobs.start, initargs=mine)
     try:
         yield pool
     finally:

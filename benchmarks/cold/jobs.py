@@ -6,7 +6,10 @@ once in each worker.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,13 +19,18 @@ from typing import Any
 from benchmarks.cold.outcome import Group, Protocol, Run, Score
 from benchmarks.cold.planning import Speed
 from benchmarks.cold.sets import TaskSet, read_set
+from coldmerge.demo import child
 
 Measured = tuple[Path, Group]
 """A set's folder, and whether contributors train on it."""
 
 
-def start() -> None:
-    """Prepare a worker: one thread, quiet tokenizers."""
+def start(parent: int) -> None:
+    """Prepare a worker: one thread, quiet tokenizers, and an end when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(child.PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the command has ended")
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch

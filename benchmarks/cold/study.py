@@ -78,6 +78,9 @@ class Study:
             ColdmergeError: the base or the plain mean did not come about.
         """
         self.work.mkdir(parents=True, exist_ok=True)
+        complete = self.work / "complete"
+        if complete.exists():
+            return
         self._begin()
         under_way: dict[Future[Any], _Job] = {}
         try:
@@ -92,6 +95,10 @@ class Study:
         finally:
             for future in under_way:
                 future.cancel()
+        if not self.failed:  # what failed is tried again by the same command
+            for name in ("features", "merges", "pooled", "releases", "sent"):
+                shutil.rmtree(self.work / name, ignore_errors=True)
+            complete.touch()
 
     def _finish(self, job: _Job, future: Future[Any]) -> None:
         try:
@@ -235,11 +242,13 @@ class Study:
             self.outcome.note(made.run)
             about = made.run
             subject = Subject(about.variant, about.release, about.digest, made.folder, (seed,))
-            self._probe((stage[0] + 1, *stage[1:]), subject, tasks, tidy=True)
+            self._probe((*later, 0), subject, tasks, tidy=True)
 
+        # Measured and removed before the next one is made: each takes the room of a model.
+        later = (stage[0] + 1, *stage[1:])
         about = (run, method, parameters, base, paths, self.work)
-        title = f"{run.variant} {run.task or ''}, seed {seed}"
-        self._add(stage, 5.0, title, jobs.merge, about, then, run.variant)
+        title = " ".join(filter(None, [run.variant, run.task, f"seed {seed}"]))
+        self._add((*later, 1), 5.0, title, jobs.merge, about, then, run.variant)
 
     @property
     def _probes(self) -> tuple[Protocol, ...]:

@@ -35,7 +35,7 @@ def tuned(
     """
     pool, train, test = ruler.items(task)
     if protocol == "ft100":
-        used = draw(task, pool, ruler.shots, subject.seeds[0], number)
+        used = draw(task, pool, ruler.shots, 0, number)
         train = [task.train[place] for place in used]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
