@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from coldmerge.core import yaml_file
 from coldmerge.core.errors import ConfigError
+from coldmerge_simulation.config import merged
 
 FOLDER = Path(__file__).with_name("recipes")
 COMMON = "mean"
@@ -62,19 +62,6 @@ def load(name: str) -> dict[str, Any]:
         ) from error
 
 
-def over(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with changes in them; sections are changed, values replaced."""
-    found = copy.deepcopy(dict(settings))
-    for key, value in changes.items():
-        mine = found.get(key)
-        both = isinstance(mine, dict) and isinstance(value, Mapping)
-        # Another merge method has other parameters.
-        if key == "merge" and both and "method" in value:
-            both = False
-        found[key] = over(mine, value) if both and isinstance(mine, dict) else value
-    return found
-
-
 @dataclass(frozen=True)
 class Federation:
     """What all simulations of a plan share.
@@ -99,7 +86,7 @@ class Federation:
     @property
     def common(self) -> dict[str, Any]:
         """The plain mean's settings."""
-        found = over(load(COMMON), self.changes)
+        found = merged(load(COMMON), self.changes)
         data = {"source": str(self.data), "tasks": list(self.seen), "unseen": []}
         whose = {"model": self.model, "contributors": len(self.seen), "data": data}
         return {**found, **whose, "rounds": self.rounds}
@@ -112,7 +99,7 @@ class Federation:
     def simulation(self, recipe: str, seed: int) -> dict[str, Any]:
         """A recipe's simulation. With fewer epochs a round there are more rounds: equal compute."""
         changes = load(recipe) if recipe != COMMON else {}
-        found = over(self.common, changes)
+        found = merged(self.common, changes)
         epochs = self.common["train"]["epochs"]
         rounds = self.rounds * epochs / found["train"]["epochs"]
         found["data"]["tasks"] = list(self.seen[: found["contributors"]])
@@ -128,13 +115,13 @@ class Federation:
 
     def oneshot(self, seed: int) -> dict[str, Any]:
         """Independent fine-tunes of equal compute, and one mean of them."""
-        return over(self.common, {"seed": seed, "rounds": 1, "train": self.at_once()})
+        return merged(self.common, {"seed": seed, "rounds": 1, "train": self.at_once()})
 
     def multitask(self, pooled: Path, seed: int) -> dict[str, Any]:
         """One contributor that holds everybody's examples: what sharing them would give."""
         train = {**self.at_once(), "max_examples": None}
         train["trainer"] = "benchmarks.cold.multitask:create"
-        found = over(self.common, {"seed": seed, "rounds": 1, "contributors": 1, "train": train})
+        found = merged(self.common, {"seed": seed, "rounds": 1, "contributors": 1, "train": train})
         found["data"] = {"source": str(pooled), "tasks": [pooled.name], "unseen": []}
-        found["round"] = over(found["round"], {"min_contributions": 1})
+        found["round"] = merged(found["round"], {"min_contributions": 1})
         return found

@@ -180,9 +180,9 @@ def test_a_whole_run_measures_everything_and_goes_on(tmp_path: Path) -> None:
 
     write_bert(tmp_path / "model", layers=3)
     for place, name in enumerate("abcd"):
-        words = ("apple", "iron", "grape")[: 2 + place % 2]
+        fruit = ("apple", "iron", "grape")[: 2 + place % 2]
         texts = [
-            {"text": f"some {words[i % len(words)]} and", "label": words[i % len(words)]}
+            {"text": f"some {fruit[i % len(fruit)]} and", "label": fruit[i % len(fruit)]}
             for i in range(130)
         ]
         write(tmp_path / "data" / name, train=texts, test=texts[:60])
