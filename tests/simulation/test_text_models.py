@@ -13,7 +13,11 @@ from coldmerge_simulation import Simulation, simulate
 from tests.simulation.settings import digests
 from tests.tiny import sentences, write_bert
 
-LORA = {"method": "lora", "lora": {"r": 4, "target_modules": ["query", "value"]}, "lr": 1e-2}
+LORA: dict[str, Any] = {
+    "method": "lora",
+    "lora": {"r": 4, "target_modules": ["query", "value"]},
+    "lr": 1e-2,
+}
 FREEZE = ["embeddings.*", "encoder.layer.[0-1].*"]
 
 
