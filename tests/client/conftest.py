@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,8 +27,11 @@ from coldmerge.wire.calls import call
 from coldmerge.wire.channel import local_channel
 from coldmerge.wire.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 from coldmerge_client import enrol
+from coldmerge_client.contribute import Step, Terms
 from coldmerge_client.home import Home, Membership
+from coldmerge_client.policy import SendPolicy
 from coldmerge_client.session import Session
+from tests.client.members import TRAINER, Member, config_of
 from tests.support import free_ports, until, write_model
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -263,3 +266,28 @@ def coordinator(make_coordinator: Callable[..., Coordinator]) -> Coordinator:
 def session(coordinator: Coordinator, tmp_path: Path) -> Iterator[Session]:
     with Session.open(coordinator.join(tmp_path / "home"), timeout=15) as opened:
         yield opened
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Path:
+    path = tmp_path / "nudge.py"
+    path.write_text(TRAINER)
+    return path
+
+
+@pytest.fixture
+def members(coordinator: Coordinator, trainer: Path, tmp_path: Path) -> Iterator[Any]:
+    with ExitStack() as stack:
+
+        def make(name: str, seed: int, *, rounds: int = 1, **terms: Any) -> Member:
+            home = Home(tmp_path / name)
+            if not home.joined:
+                coordinator.join(home.path, name)
+            steps: list[Step] = []
+            session = stack.enter_context(Session.open(home, timeout=20))
+            options = terms.pop("options", {})
+            policy = terms.pop("policy", SendPolicy())
+            made = Terms(config_of(trainer, seed, **options), policy, tell=steps.append, **terms)
+            return Member(session, made, steps, rounds)
+
+        yield make

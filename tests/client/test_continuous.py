@@ -22,10 +22,8 @@ from coldmerge_coordinator.importing import set_template
 from coldmerge_coordinator.store import Store, releases
 from coldmerge_coordinator.verifying import Verified, verify_release
 from tests.client.conftest import Coordinator, base_tensors, tuned_tensors
-from tests.client.test_contribute import TRAINER, Member, config_of, members, run, trainings
+from tests.client.members import TRAINER, Member, config_of, run, trainings
 from tests.support import until, write_model
-
-__all__ = ["members"]
 
 ROOT = 2**-0.5
 

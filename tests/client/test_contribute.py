@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +13,7 @@ import pytest
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.errors import ConflictError, DataError, UnavailableError
-from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2
+from coldmerge.wire.v1 import admin_pb2, common_pb2
 from coldmerge_client import sent_log
 from coldmerge_client.contribute import Step, Terms, contribute
 from coldmerge_client.evaluate import evaluate, report
@@ -31,134 +27,11 @@ from coldmerge_client.push import push
 from coldmerge_client.session import Session
 from coldmerge_client.train import finished, forget, train
 from coldmerge_client.training.config import TrainConfig
-from coldmerge_client.withdraw import withdraw
-from tests.client.conftest import (
-    Coordinator,
-    base_tensors,
-    tuned_tensors,
-)
+from tests.client.conftest import Coordinator, base_tensors, tuned_tensors
+from tests.client.members import GATE, config_of, run, trainings
 from tests.support import until, write_model
 
 State = common_pb2.Round
-GATE = {"min_evaluators": 2, "window": "1h"}
-
-TRAINER = '''
-import numpy as np
-from pathlib import Path
-from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.checkpoint_writer import CheckpointWriter
-from coldmerge_client.training.trainer import Predictions, Trained
-
-
-class Nudge:
-    """Moves every float a little, in a direction of its seed; right on `good` of 20 items."""
-
-    def __init__(self, config):
-        self.config = config
-
-    def train(self, job, progress=None):
-        with (Path(job.out).parent.parent.parent.parent / "trainings").open("a") as file:
-            file.write(job.digest + "\\n")
-        base, random = Checkpoint.open(job.release), np.random.default_rng(job.seed)
-        with CheckpointWriter(job.out / "tuned") as writer:
-            writer.declare(list(base.tensors.values()))
-            for name, spec in base.tensors.items():
-                data = base.array(name)
-                if spec.dtype == "F32":
-                    data = data + np.float32(0.01) * random.normal(size=spec.shape)
-                writer.write(name, np.ascontiguousarray(data.astype(base.array(name).dtype)))
-            writer.write_file("config.json", b"{}")
-        head = job.out / "head"
-        head.mkdir()
-        before = int((job.head / "rounds").read_text()) if job.head else 0
-        (head / "rounds").write_text(str(before + 1))
-        return Trained(job.out / "tuned", head, 40, {"accuracy": 0.5}, {"epochs": 1.0})
-
-    def predict(self, job, progress=None):
-        good = self.config.options.get("good", [10, 12])
-        right = good[Path(job.release).parent.parent.name == "candidates"]
-        labels = np.zeros(20, np.int64)
-        return Predictions(labels, np.where(np.arange(20) < right, 0, 1))
-
-
-def create(config):
-    return Nudge(config)
-'''
-
-
-@pytest.fixture
-def trainer(tmp_path: Path) -> Path:
-    path = tmp_path / "nudge.py"
-    path.write_text(TRAINER)
-    return path
-
-
-def config_of(trainer: Path, seed: int, **options: Any) -> TrainConfig:
-    (trainer.parent / "data").mkdir(exist_ok=True)
-    return TrainConfig.parse(
-        {
-            "trainer": f"{trainer}:create",
-            "data": str(trainer.parent / "data"),
-            "seed": seed,
-            "options": options,
-        }
-    )
-
-
-@dataclass
-class Member:
-    """One contributor's loop in a thread."""
-
-    session: Session
-    terms: Terms
-    steps: list[Step]
-    rounds: int
-    ended: list[common_pb2.Round] = field(default_factory=list)
-    error: BaseException | None = None
-
-    def start(self) -> threading.Thread:
-        thread = threading.Thread(target=self._run, daemon=True)
-        thread.start()
-        return thread
-
-    def _run(self) -> None:
-        try:
-            self.ended += contribute(self.session, "m", self.terms, rounds=self.rounds)
-        except BaseException as error:  # noqa: BLE001 - looked at by the test
-            self.error = error
-
-    def kinds(self) -> list[str]:
-        return [step.kind for step in self.steps]
-
-
-@pytest.fixture
-def members(coordinator: Coordinator, trainer: Path, tmp_path: Path) -> Iterator[Any]:
-    with ExitStack() as stack:
-
-        def make(name: str, seed: int, *, rounds: int = 1, **terms: Any) -> Member:
-            home = Home(tmp_path / name)
-            if not home.joined:
-                coordinator.join(home.path, name)
-            steps: list[Step] = []
-            session = stack.enter_context(Session.open(home, timeout=20))
-            options = terms.pop("options", {})
-            policy = terms.pop("policy", SendPolicy())
-            made = Terms(config_of(trainer, seed, **options), policy, tell=steps.append, **terms)
-            return Member(session, made, steps, rounds)
-
-        yield make
-
-
-def run(*members: Member) -> None:
-    for thread in [member.start() for member in members]:
-        thread.join(60)
-    for member in members:
-        if member.error is not None:
-            raise member.error
-
-
-def trainings(home: Home) -> int:
-    return len((home.path / "trainings").read_text().splitlines())
 
 
 def test_two_organizations_take_two_rounds(coordinator: Coordinator, members: Any) -> None:
@@ -189,17 +62,6 @@ def test_two_organizations_take_two_rounds(coordinator: Coordinator, members: An
         ]
         assert not np.array_equal(releases[0], releases[1])
         assert not np.array_equal(releases[1], releases[2])
-
-
-def test_a_candidate_that_makes_things_worse_is_rejected(
-    coordinator: Coordinator, members: Any
-) -> None:
-    worse = {"good": [14, 6]}
-    a, b = members("org-a", 1, options=worse), members("org-b", 2, options=worse)
-    coordinator.open_round(min_contributions=2, gate=GATE)
-    run(a, b)
-    assert [found.state for found in (*a.ended, *b.ended)] == [State.REJECTED] * 2
-    assert a.session.model("m").latest_number == 0
 
 
 def test_a_round_for_others_is_left_alone(coordinator: Coordinator, members: Any) -> None:
@@ -238,46 +100,6 @@ def test_a_person_may_say_no_and_the_loop_goes_on(coordinator: Coordinator, memb
     assert trainings(a.session.home) == 1
 
 
-def test_scores_leave_only_when_a_person_agrees(coordinator: Coordinator, members: Any) -> None:
-    asked: list[Any] = []
-
-    def tensors_only(leaving: Any) -> bool:
-        asked.append(leaving)
-        return bool(leaving.tensors)
-
-    a = members("org-a", 1, policy=SendPolicy(require_approval=True), approve=tensors_only)
-    opened = coordinator.open_round(gate={"min_evaluators": 1, "window": "2s"})
-    thread = a.start()
-    until("the refusal", lambda: "skipped" in a.kinds(), 40)
-    assert [leaving.kind for leaving in asked] == ["full", "evaluation"]
-    assert asked[1].numbers["items"] == 20
-    events = [line.event for line in sent_log.read(a.session.home)]
-    assert "evaluation" not in events
-    coordinator.admin("AbandonRound", admin_pb2.RoundAction(round=opened.id, reason="nobody"))
-    thread.join(40)
-    assert a.error is None
-
-
-def judged(member: Any, times: int) -> bool:
-    found: list[str] = member.kinds()
-    return found.count("evaluated") == times
-
-
-def test_the_same_candidate_in_the_next_round_is_judged_again(
-    coordinator: Coordinator, members: Any
-) -> None:
-    """A round that ends without a release leaves base, fine-tune and so the candidate alike."""
-    a = members("org-a", 1, rounds=2)
-    thread = a.start()
-    for count in (1, 2):
-        opened = coordinator.open_round(min_contributions=1, gate={"min_evaluators": 2})
-        until("the evaluation", partial(judged, a, count), 40)
-        coordinator.admin("AbandonRound", admin_pb2.RoundAction(round=opened.id))
-    thread.join(40)
-    assert a.error is None
-    assert len({found.candidate_digest for found in a.ended}) == 1
-
-
 def test_a_loop_started_again_does_nothing_twice(
     coordinator: Coordinator, members: Any, trainer: Path
 ) -> None:
@@ -299,59 +121,6 @@ def test_a_loop_started_again_does_nothing_twice(
 
 def _scores(session: Session, round_id: str, trainer: Path) -> Any:
     return evaluate(session, session.round(round_id), config_of(trainer, 2))
-
-
-def test_what_was_taken_back_is_not_sent_again_to_the_same_round(
-    coordinator: Coordinator, members: Any, tmp_path: Path
-) -> None:
-    opened = coordinator.open_round(min_contributions=3)
-    first = members("org-a", 1)
-    first.start()
-    until("the contribution", lambda: "sent" in first.kinds(), 40)
-    with Session.open(first.session.home) as wish:
-        withdraw(wish, "m")
-    again = members("org-a", 1)
-    again.session.home.lock("contribute-m").unlink()  # as after kill -9
-    thread = again.start()
-    until("the word about it", lambda: bool(again.kinds()))
-    assert again.kinds() == ["skipped"]
-    assert "coldmerge push m" in again.steps[0].text
-    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
-    with Session.open(coordinator.join(tmp_path / "b", "org-b")) as other:
-        push(other, "m", tuned, Facts(3))  # the round changes: the loop looks again
-        until("its count", lambda: other.round(opened.id).contributions == 1)
-    coordinator.admin("AbandonRound", admin_pb2.RoundAction(round=opened.id, reason="nobody"))
-    second = coordinator.open_round()
-    thread.join(40)
-    assert again.error is None
-    assert [found.id for found in again.ended] == [second.id]
-    with Session.open(again.session.home) as session:
-        states = [found.state for found in session.contributions("m", opened.id)]
-        assert states == [contributions_pb2.Contribution.WITHDRAWN]
-    assert again.kinds().count("skipped") == 1
-
-
-def test_what_was_taken_back_may_be_pushed_again_and_the_loop_goes_on(
-    coordinator: Coordinator, members: Any, tmp_path: Path
-) -> None:
-    opened = coordinator.open_round(min_contributions=2, gate=GATE)
-    a = members("org-a", 1)
-    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
-    push(a.session, "m", tuned, Facts(3))
-    withdraw(a.session, "m")
-    thread = a.start()
-    until("the word about it", lambda: a.kinds() == ["skipped"])
-    with Session.open(a.session.home) as wish:
-        push(wish, "m", tuned, Facts(3))
-    with Session.open(coordinator.join(tmp_path / "b", "org-b")) as other:
-        theirs = write_model(tmp_path / "theirs", tuned_tensors(base_tensors(), 10))
-        push(other, "m", theirs, Facts(3))
-    until("the evaluation", partial(judged, a, 1), 40)
-    coordinator.admin("AbandonRound", admin_pb2.RoundAction(round=opened.id, reason="enough"))
-    thread.join(40)
-    assert a.error is None
-    assert [found.id for found in a.ended] == [opened.id]
-    assert a.kinds() == ["skipped", "evaluating", "evaluated"]
 
 
 def test_an_upload_left_by_a_crash_is_sent_without_training_again(
@@ -432,20 +201,6 @@ def test_a_coordinator_that_stays_away_ends_the_loop(
         run(a)
 
 
-def test_an_evaluator_only_judges(coordinator: Coordinator, members: Any, tmp_path: Path) -> None:
-    from coldmerge_client.enrol import join
-
-    join(
-        coordinator.invite("judge", "evaluator"), coordinator.fingerprint, Home(tmp_path / "judge")
-    )
-    judge, a = members("judge", 5), members("org-a", 1)
-    coordinator.open_round(gate=GATE)
-    run(judge, a)
-    assert judge.kinds() == ["evaluating", "evaluated"]
-    assert not (judge.session.home.path / "trainings").exists()
-    assert [found.state for found in judge.ended] == [State.PUBLISHED]
-
-
 def test_one_loop_per_model_and_home(members: Any) -> None:
     a = members("org-a", 1)
     with (
@@ -468,26 +223,6 @@ def test_training_is_done_once_and_the_head_is_kept(session: Session, trainer: P
     forget(home, "m")
     assert finished(home, base) is None
     assert (home.head("m") / "rounds").exists()
-
-
-def test_the_paired_evaluation_is_what_the_trainer_found(
-    coordinator: Coordinator, session: Session, trainer: Path, tmp_path: Path
-) -> None:
-    opened = coordinator.open_round(gate={"min_evaluators": 2})
-    with pytest.raises(ConflictError, match="no candidate"):
-        evaluate(session, opened, config_of(trainer, 1))
-    tuned = write_model(tmp_path / "tuned", tuned_tensors(base_tensors(), 9))
-    push(session, "m", tuned, Facts(3))
-    until("the candidate", lambda: session.round(opened.id).state == State.CANDIDATE)
-    found = session.round(opened.id)
-    scores = evaluate(session, found, config_of(trainer, 1, good=[10, 15]))
-    assert (scores.n, scores.gained, scores.lost) == (20, 5, 0)
-    assert (scores.base.accuracy, scores.candidate.accuracy) == (0.5, 0.75)
-    document = report(session, found, scores)
-    assert document.candidate_digest == found.candidate_digest
-    assert session.round(opened.id).evaluations == 1
-    line = sent_log.read(session.home)[-1]
-    assert (line.event, line.body["n"], line.body["gained"]) == ("evaluation", 20, 5)
 
 
 def test_data_that_cannot_be_used_ends_the_loop(

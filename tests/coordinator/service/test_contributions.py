@@ -1,4 +1,4 @@
-"""Uploads over real TLS: admitted, resumed, counted, replaced, taken back."""
+"""Uploads over real TLS: admitted, resumed, counted, replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from coldmerge.core.documents import Receipt, verify
 from coldmerge.core.errors import (
     ConflictError,
-    ManifestError,
     NotFoundError,
     PermissionDeniedError,
     ResourceError,
@@ -20,24 +19,14 @@ from coldmerge.core.errors import (
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.wire.calls import call
 from coldmerge.wire.convert import signed_from_proto
-from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2, rounds_pb2
+from coldmerge.wire.v1 import admin_pb2, contributions_pb2, rounds_pb2
 from coldmerge_coordinator.service.uploads import contribution_id
-from coldmerge_coordinator.store import contributions, releases, rounds
-from coldmerge_coordinator.store.models import Contribution, Round, Upload
-from coldmerge_coordinator.worker import run_once
+from coldmerge_coordinator.store import contributions
+from coldmerge_coordinator.store.models import Round, Upload
 from tests.backends import needs_disk
-from tests.harness import BF16, MODEL, Live, MachineClient, chunk, coordinator, deltas
+from tests.coordinator.service.conftest import current, rows_of
+from tests.harness import BF16, Live, MachineClient, chunk, coordinator, deltas
 from tests.support import until
-
-
-def _round(live: Live, round_: Round) -> Round:
-    with live.store.database.read() as session:
-        return rounds.get(session, round_.id)
-
-
-def _rows(live: Live) -> list[Contribution]:
-    with live.store.database.read() as session:
-        return list(session.query(Contribution).order_by(Contribution.accepted_at))
 
 
 def test_whole_path_ends_with_a_signed_receipt_and_a_sound_file(live: Live) -> None:
@@ -52,22 +41,22 @@ def test_whole_path_ends_with_a_signed_receipt_and_a_sound_file(live: Live) -> N
     receipt = verify(signed, Receipt, live.store.signer.key.public_key())
     assert receipt.manifest_digest == manifest.digest()
     assert receipt.payload_bytes == len(payload)
-    row = _rows(live)[0]
+    row = rows_of(live)[0]
     vector = TaskVector.open(live.store.payloads.local(row.payload))
     assert vector.entries() == manifest.tensors
     expected = np.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in changes.values()))
     assert row.norm == pytest.approx(expected, rel=1e-12)
-    assert _round(live, round_).state == "OPEN"
+    assert current(live, round_).state == "OPEN"
     assert list(live.store.uploads.iterdir()) == []
 
 
-def test_the_quorum_seals_the_round(live: Live) -> None:
+def test_the_quorum_seals_thecurrent(live: Live) -> None:
     round_ = live.open_round()
     for index, name in enumerate("ab"):
         live.machine(name).contribute(round_, deltas(index))
-    sealed = _round(live, round_)
+    sealed = current(live, round_)
     assert sealed.state == "SEALED"
-    assert sealed.sealed_inputs == sorted(row.manifest_digest for row in _rows(live))
+    assert sealed.sealed_inputs == sorted(row.manifest_digest for row in rows_of(live))
 
 
 def test_lora_and_whole_tensors_in_one_vector(live: Live) -> None:
@@ -85,7 +74,7 @@ def test_lora_and_whole_tensors_in_one_vector(live: Live) -> None:
         scaling={"embeddings.weight": 0.5},
     )
     # 64 elements of 0.5 * 2, and four of 2.
-    assert _rows(live)[0].norm == pytest.approx(np.sqrt(64 * 1.0 + 4 * 4.0))
+    assert rows_of(live)[0].norm == pytest.approx(np.sqrt(64 * 1.0 + 4 * 4.0))
 
 
 def test_begin_and_commit_may_be_repeated(live: Live) -> None:
@@ -101,7 +90,7 @@ def test_begin_and_commit_may_be_repeated(live: Live) -> None:
     done = org.begin(manifest)
     assert done.receipt == first
     assert done.upload_id == ""
-    assert len(_rows(live)) == 1
+    assert len(rows_of(live)) == 1
 
 
 def test_a_wrong_offset_is_answered_with_the_true_one(live: Live) -> None:
@@ -128,7 +117,7 @@ def test_an_upload_goes_on_after_the_coordinator_restarts(live: Live) -> None:
     assert org.status(begun.upload_id).committed_size == 130
     org.write(begun.upload_id, payload[130:], offset=130)
     org.commit(begun.upload_id)
-    assert TaskVector.open(live.store.payloads.local(_rows(live)[0].payload)).entries() == (
+    assert TaskVector.open(live.store.payloads.local(rows_of(live)[0].payload)).entries() == (
         manifest.tensors
     )
 
@@ -183,7 +172,7 @@ def test_sweep_removes_what_no_row_knows(live: Live) -> None:
     (live.store.contributions / "contribution-0.safetensors").write_bytes(b"orphan")
     live.start()
     assert [name for name, _ in live.store.payloads.parts()] == [begun.upload_id]
-    assert [p.name for p in live.store.payloads.listed()] == [_rows(live)[0].payload]
+    assert [p.name for p in live.store.payloads.listed()] == [rows_of(live)[0].payload]
 
 
 def test_a_second_contribution_replaces_the_first(live: Live) -> None:
@@ -191,10 +180,10 @@ def test_a_second_contribution_replaces_the_first(live: Live) -> None:
     round_ = live.open_round()
     org.contribute(round_, deltas(1))
     org.contribute(round_, deltas(2))
-    states = [row.state for row in _rows(live)]
+    states = [row.state for row in rows_of(live)]
     assert states == [contributions.REPLACED, contributions.ADMITTED]
     assert len(list(live.store.payloads.listed())) == 1
-    assert _round(live, round_).state == "OPEN"
+    assert current(live, round_).state == "OPEN"
 
 
 def test_a_second_contribution_is_refused_where_the_policy_says_so(live: Live) -> None:
@@ -211,7 +200,7 @@ def test_a_second_contribution_is_refused_where_the_policy_says_so(live: Live) -
     with pytest.raises(ConflictError) as caught:
         org.commit(begun.upload_id)
     assert caught.value.code == "contribution.second"
-    assert len(_rows(live)) == 1
+    assert len(rows_of(live)) == 1
 
 
 def test_a_round_for_some_takes_nothing_of_others_and_tells_no_names(live: Live) -> None:
@@ -222,7 +211,7 @@ def test_a_round_for_some_takes_nothing_of_others_and_tells_no_names(live: Live)
         other.begin(manifest)
     assert caught.value.code == "round.not_asked"
     asked.contribute(round_, deltas(2))
-    assert [row.contributor for row in _rows(live)] == ["a"]
+    assert [row.contributor for row in rows_of(live)] == ["a"]
 
     def seen(who: MachineClient) -> list[str]:
         found = call(who.rounds.Get, rounds_pb2.GetRoundRequest(id=round_.id))
@@ -230,44 +219,6 @@ def test_a_round_for_some_takes_nothing_of_others_and_tells_no_names(live: Live)
         return listed
 
     assert [seen(who) for who in (asked, other, admin)] == [["a"], [], ["a", "z"]]
-
-
-def test_withdrawal_takes_the_bytes_and_the_count_back(live: Live) -> None:
-    org = live.machine("a")
-    round_ = live.open_round()
-    org.contribute(round_, deltas())
-    row = _rows(live)[0]
-    request = contributions_pb2.WithdrawRequest(id=row.id)
-    for _ in range(2):
-        answer = call(org.contributions.Withdraw, request)
-        assert answer.state == contributions_pb2.Contribution.WITHDRAWN
-    assert list(live.store.payloads.listed()) == []
-    manifest, _payload = org.manifest(round_, deltas())
-    org.begin(manifest)
-    live.machine("b").contribute(round_, deltas(2))
-    assert _round(live, round_).state == "OPEN"
-
-
-def test_withdrawal_after_the_seal_is_refused(live: Live) -> None:
-    org = live.machine("a")
-    org.contribute(live.open_round(min_contributions=1), deltas())
-    with pytest.raises(ConflictError) as caught:
-        call(org.contributions.Withdraw, contributions_pb2.WithdrawRequest(id=_rows(live)[0].id))
-    assert caught.value.code == "round.wrong_state"
-    assert _rows(live)[0].state == contributions.ADMITTED
-    assert len(list(live.store.payloads.listed())) == 1
-
-
-def test_a_withdrawn_manifest_cannot_come_back(live: Live) -> None:
-    org = live.machine("a")
-    manifest, payload = org.manifest(live.open_round(), deltas())
-    begun = org.begin(manifest)
-    org.write(begun.upload_id, payload)
-    org.commit(begun.upload_id)
-    call(org.contributions.Withdraw, contributions_pb2.WithdrawRequest(id=_rows(live)[0].id))
-    with pytest.raises(ManifestError) as caught:
-        org.begin(manifest)
-    assert caught.value.code == "manifest.replayed"
 
 
 def test_a_new_stream_takes_over_from_a_dead_one(live: Live) -> None:
@@ -378,32 +329,3 @@ def test_a_large_upload_is_flushed_on_the_way(tmp_path_factory: pytest.TempPathF
 
         assert org.stream(requests()) == len(payload) == committed()
         org.commit(begun.upload_id)
-
-
-def test_withdrawal_after_the_round_erases_the_bytes_and_says_what_stays(live: Live) -> None:
-    org, other = live.machine("a"), live.machine("b")
-    round_ = live.open_round()
-    org.contribute(round_, deltas())
-    other.contribute(round_, deltas(2))
-    assert run_once(live.store, live.clock)
-    row = next(row for row in _rows(live) if row.contributor == "a")
-    answer = call(org.contributions.Withdraw, contributions_pb2.WithdrawRequest(id=row.id))
-    assert answer.state == contributions_pb2.Contribution.WITHDRAWN
-    assert answer.reason == (
-        "withdrawn; its update stays in release 1 and those made from it "
-        "until an admin re-merges without it"
-    )
-    kept = [found.name for found in live.store.payloads.listed()]
-    assert len(kept) == 1
-    assert row.payload not in kept
-    request = admin_pb2.RemergeRequest(model=MODEL, without=["a"], reason="a leaves")
-    again = call(live.local_admin.Remerge, request)
-    assert (again.state, again.remerge) == (common_pb2.Round.SEALED, True)
-    mine = next(row for row in _rows(live) if row.contributor == "b")
-    with pytest.raises(ConflictError) as caught:
-        call(other.contributions.Withdraw, contributions_pb2.WithdrawRequest(id=mine.id))
-    assert caught.value.code == "round.wrong_state"
-    assert run_once(live.store, live.clock)
-    with live.store.database.read() as session:
-        record = releases.get_record(releases.latest_release(session, MODEL))
-    assert (record.number, record.flags) == (2, ("remerged", "ungated"))
