@@ -25,7 +25,7 @@ from coldmerge_coordinator.store import contributions
 from coldmerge_coordinator.worker import run_once
 from coldmerge_simulation.flower.compat import strategy
 from tests.coordinator.conftest import Bench, make_store
-from tests.simulation.flower_direct import aggregated, told, ulps
+from tests.simulation.flower.direct import aggregated, told, ulps
 from tests.support import FixedClock
 
 NAME = "w"

@@ -14,7 +14,7 @@ from coldmerge_coordinator.store import releases, rounds, states
 from coldmerge_coordinator.worker import run_once
 from coldmerge_simulation.flower.compat import strategy
 from tests.coordinator.conftest import merged_apart
-from tests.simulation.flower_direct import aggregated, told
+from tests.simulation.flower.direct import aggregated, told
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 Two of them are not in Flower's public API (`make_message`, `TaskIdentity`). They, the settings
 that keep Flower offline, and the range of versions that works stand here alone;
-`tests/simulation/test_compat.py` says what each name must do.
+`tests/simulation/flower/test_compat.py` says what each name must do.
 
 Raises:
     ConfigError: at import, `simulation.no_flower` or `simulation.flower_version`.

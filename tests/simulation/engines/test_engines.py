@@ -66,7 +66,7 @@ def test_a_federation_with_tls_and_node_keys_agrees(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run" / "nodes").glob("*/*")} == {"models", "outbox"}
 
 
-SAMPLES = Path(__file__).parents[2] / "deploy" / "flower"
+SAMPLES = Path(__file__).parents[3] / "deploy" / "flower"
 
 
 @pytest.mark.parametrize("name", ["superlink", "supernode"])

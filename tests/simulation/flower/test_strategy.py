@@ -19,9 +19,9 @@ from coldmerge.merging.outer import outer
 from coldmerge_simulation.engines.local_grid import LocalGrid
 from coldmerge_simulation.flower import compat
 from coldmerge_simulation.flower.strategy import ColdFusion
-from tests.simulation.flower_direct import aggregated, replies, ulps
+from tests.simulation.flower.direct import aggregated, replies, ulps
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples/flower"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples/flower"
 Arrays = dict[str, Any]
 
 

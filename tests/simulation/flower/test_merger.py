@@ -17,7 +17,7 @@ from coldmerge.merging import Input, Job, Pool, Scope, merger, merger_class, uni
 from coldmerge_simulation.flower import compat
 from coldmerge_simulation.flower.merger import COPIES, GIB, Flower
 from coldmerge_simulation.flower.rules import MERGES, REFUSED, SLOTS
-from tests.simulation.flower_direct import Arrays, aggregated, ulps
+from tests.simulation.flower.direct import Arrays, aggregated, ulps
 
 SHAPES = {"a.weight": (13, 7), "b.bias": (11,), "c.scale": (1,), "d.empty": (0, 3), "e": (5, 1)}
 
