@@ -303,7 +303,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from coldmerge.core.errors import ConfigError
-from tests.simulation.test_flower_merger import draw, merged
+from tests.simulation.flower.test_merger import draw, merged
 found = merged({"strategy": "take_first", "part": 0.25}, [draw(1), draw(2)])
 assert all((found[name] == 0.25 * values).all() for name, values in draw(1).items())
 for parameters, code in (
