@@ -151,9 +151,8 @@ class Outbox:
 
     def pending(self) -> tuple[OutboxEntry, ...]:
         """The entries that are still to be sent, oldest first. Others are not even opened."""
-        states = {name: read_json(self._folder / name / "state.json") for name in self._names()}
-        opened = self._opened(name for name, found in states.items() if not _is_over(found))
-        return tuple(entry for entry in opened if entry.pending)
+        names = (name for name in self._names() if not self._is_over(name))
+        return tuple(entry for entry in self._opened(names) if entry.pending)
 
     def for_round(self, round_id: str) -> OutboxEntry | None:
         """The newest entry for a round that was not refused."""
@@ -170,8 +169,14 @@ class Outbox:
         Others are not opened: to check the signatures of years takes long.
         """
         said = identifier.encode()
-        manifests = {name: self._folder / name / "manifest.json" for name in self._names()}
-        return self._opened(name for name, path in manifests.items() if said in path.read_bytes())
+        return self._opened(
+            name
+            for name in self._names()
+            if said in (self._folder / name / "manifest.json").read_bytes()
+        )
+
+    def _is_over(self, name: str) -> bool:
+        return read_json(self._folder / name / "state.json").get("state") in ("sent", "refused")
 
     def _names(self) -> list[str]:
         folders = self._folder.iterdir() if self._folder.is_dir() else ()
@@ -200,10 +205,6 @@ class Outbox:
         entry = self.mark(entry, state="refused", reason=reason)
         entry.payload.unlink(missing_ok=True)
         return entry
-
-
-def _is_over(state: Mapping[str, Any]) -> bool:
-    return state.get("state") in ("sent", "refused")
 
 
 def _read_signed(folder: Path, name: str) -> Signed:
