@@ -19,13 +19,18 @@ _RANGE = ["#b45309", "#fbe3c4", "#f8fafc", "#bfe0ec", "#0b6e99"]
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Values in [low, 1] by row and column; None where there is none."""
+    """Values in [low, high] by row and column; None where there is none.
+
+    `format` is how a cell says its number.
+    """
 
     title: str
     rows: Sequence[str]
     columns: Sequence[str]
     values: Sequence[Sequence[float | None]]
     low: float = -1.0
+    high: float = 1.0
+    format: str = ".2f"
 
 
 def heatmaps(maps: Sequence[Heatmap]) -> Spec:
@@ -63,7 +68,7 @@ def _map(one: Heatmap) -> alt.LayerChart:
             alt.Tooltip("value:Q", format=".4f"),
         ],
     )
-    ticks = [one.low + part * (1 - one.low) for part in (0, 0.25, 0.5, 0.75, 1)]
+    ticks = [one.low + part * (one.high - one.low) for part in (0, 0.25, 0.5, 0.75, 1)]
     scale = alt.Scale(domain=ticks, range=_RANGE, interpolate="rgb", clamp=True)
     legend = alt.Legend(title=None, values=ticks[::2], format=".1f", gradientLength=110)
     squares = base.mark_rect(stroke="white", strokeWidth=2).encode(
@@ -81,11 +86,16 @@ def _cells(one: Heatmap) -> list[dict[str, object]]:
             "row": row,
             "column": column,
             "value": value,
-            "label": "–" if value is None else f"{round(value, 2) + 0:.2f}",
+            "label": "–" if value is None else _label(value, one.format),
         }
         for row, values in zip(one.rows, one.values, strict=True)
         for column, value in zip(one.columns, values, strict=True)
     ]
+
+
+def _label(value: float, form: str) -> str:
+    said = format(value, form)
+    return format(0.0, form) if float(said) == 0 else said  # no minus before a zero
 
 
 def _numbers(base: alt.Chart, ticks: Sequence[float], size: int) -> list[alt.Chart]:

@@ -44,3 +44,11 @@ def test_the_three_kinds_of_file(tmp_path: Path) -> None:
 
 def test_the_same_values_give_the_same_picture() -> None:
     assert heatmaps(MAPS) == heatmaps(MAPS)
+
+
+def test_points_have_their_own_range_and_format(tmp_path: Path) -> None:
+    points = Heatmap("Gain", ["a"], ["1", "2"], [[-0.04, 7.26]], -8.0, 8.0, "+.1f")
+    write_picture("t", "c", [points], tmp_path / "p.svg")
+    svg = (tmp_path / "p.svg").read_text()
+    assert ">+0.0<" in svg
+    assert ">+7.3<" in svg
