@@ -31,6 +31,7 @@ def failures_table(records: Records, found: Sequence[Claim], protocol: str) -> T
         else "Nothing of what was measured: no claim fails, no set lost, nothing falls behind.",
         ["", "what", "figure"],
         rows,
+        prose=frozenset({1, 2}),
     )
 
 
@@ -49,6 +50,7 @@ def missing_table(records: Records, found: Sequence[Claim]) -> Table:
         "" if rows else "Nothing: everything planned was measured, and every claim has a figure.",
         ["", "what", "why"],
         rows,
+        prose=frozenset({1, 2}),
     )
 
 

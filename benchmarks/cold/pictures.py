@@ -27,7 +27,11 @@ def curves(records: Records, protocol: str) -> Figure | None:
     seeds = max(
         (len(gain.seeds) for g in GROUPS if (gain := records.gain(g, protocol=protocol))), default=1
     )
-    said = f"the band is one deviation over {seeds} seeds" if seeds > 1 else "one seed, so no band"
+    said = (
+        f"the band is one deviation over {seeds} seeds, each with draws of its own"
+        if seeds > 1
+        else "one seed, so no band"
+    )
     return Figure(
         "Release by release",
         f"Mean accuracy over the sets of a group, {PROTOCOLS[protocol]}; {said}. Release 0 is the "
@@ -69,7 +73,9 @@ def heatmap(records: Records, protocol: str) -> Figure | None:
         return None
     reach = max(1.0, largest)
     maps = [
-        Heatmap(titles[g], [*t], [str(n) for n in numbers], [*t.values()], -reach, reach, "+.1f")
+        Heatmap(
+            titles[g], [*t], [str(n) for n in numbers], [*t.values()], -reach, reach, "+.1f", 30
+        )
         for g, t in tables.items()
         if t
     ]

@@ -172,7 +172,7 @@ def _numbers(records: Records, told: Sequence[Claim]) -> list[tuple[str, str]]:
         value = "not measured" if one is None else f"{signed(one.mean)} points"
         found.append((f"gain on {group} sets ({PROTOCOLS[LP100]})", value))
         if one is not None:
-            found.append(("95 % within these sets", str(one.interval)))
+            found.append((f"{group}: 95 % within these sets", str(one.interval)))
     measured = [claim for claim in told if claim.verdict != UNMEASURED]
     holding = sum(claim.verdict == HOLDS for claim in measured)
     found.append(("claims that hold, of those measured", f"{holding} of {len(measured)}"))
@@ -211,7 +211,7 @@ def _settings(records: Records) -> Table:
         *((key.replace("_", " "), f"{value:,.0f}") for key, value in plan.costs.items()),
     ]
     rows = [[key, _said(value)] for key, value in lines]
-    return Table("How it was made", "", ["", ""], rows)
+    return Table("How it was made", "", ["", ""], rows, prose=frozenset({1}))
 
 
 def _said(value: Any) -> str:

@@ -30,6 +30,7 @@ def claims_table(found: Sequence[Claim]) -> Table:
         "the mean is on the claimed side, the interval reaches over zero.",
         ["", "claim", "asks for", "here", "figure", "how"],
         rows,
+        prose=frozenset({1, 2, 4, 5}),
     )
 
 
@@ -256,6 +257,7 @@ def choice_table(records: Records) -> Table | None:
         ["reported on", "chosen by the others", "over mean"],
         rows,
         frozenset({2}),
+        frozenset({0}),
     )
 
 

@@ -21,7 +21,7 @@ _RANGE = ["#b45309", "#fbe3c4", "#f8fafc", "#bfe0ec", "#0b6e99"]
 class Heatmap:
     """Values in [low, high] by row and column; None where there is none.
 
-    `format` is how a cell says its number.
+    `format` is how a cell says its number, `tallest` the most pixels of a row.
     """
 
     title: str
@@ -31,6 +31,7 @@ class Heatmap:
     low: float = -1.0
     high: float = 1.0
     format: str = ".2f"
+    tallest: int = CELL
 
 
 def heatmaps(maps: Sequence[Heatmap]) -> Spec:
@@ -51,7 +52,7 @@ def heatmaps(maps: Sequence[Heatmap]) -> Spec:
 def _map(one: Heatmap) -> alt.LayerChart:
     # A picture of many models stays on the screen: cells shrink, and their numbers with them.
     width = max(26, min(CELL, MOST_PIXELS // max(1, len(one.columns))))
-    height = max(22, min(width, 34 if len(one.rows) > 12 else CELL))
+    height = max(22, min(width, one.tallest, 34 if len(one.rows) > 12 else CELL))
     longest = max((len(label) for label in one.columns), default=0)
     slant = -40 if longest * 8 > width else 0
     base = alt.Chart(alt.Data(values=_cells(one))).encode(

@@ -33,13 +33,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a heading. Cells of `numeric` columns stand to the right."""
+    """Rows of text under a heading.
+
+    Cells of `numeric` columns stand to the right; those of `prose` columns have lines that break.
+    """
 
     title: str
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: frozenset[int] = frozenset()
+    prose: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def _picture(figure: Figure, place: int) -> str:
 def _table(table: Table) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=number' if place in table.numeric else ''}>{escape(value)}</{tag}>"
+            f"<{tag}{_kind(table, place)}>{escape(value)}</{tag}>"
             for place, value in enumerate(values)
         )
 
@@ -119,6 +123,12 @@ def _table(table: Table) -> str:
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _kind(table: Table, place: int) -> str:
+    if place in table.numeric:
+        return " class=number"
+    return " class=prose" if place in table.prose else ""
 
 
 def _code(code: Code) -> str:

@@ -14,6 +14,27 @@ from benchmarks.cold.outcome import Group, Outcome, Plan, Protocol, Run, Score, 
 SEEN = ("emotion", "entailment", "grammar", "intent", "law", "reviews", "spam", "topic")
 UNSEEN = ("arts", "clicks", "domains", "films", "news", "poems", "tweets", "yelp")
 STEPS = 500
+POLICIES: dict[str, dict[str, float]] = {
+    "atm": {"seen": 11, "unseen": 2},
+    "ema": {"seen": 7, "unseen": 1},
+    "ties": {"seen": 6, "unseen": 0.2},
+    "sam": {"seen": 14, "unseen": 3},
+}
+AT_ONCE: dict[str, dict[str, float]] = {
+    "multitask": {"seen": 12, "unseen": 1.5},
+    "oneshot-mean": {"seen": 5, "unseen": 0.8},
+    "oneshot-ties": {"seen": 4, "unseen": 0.5},
+}
+ONE_THING: dict[str, float] = {
+    "cohort-2": 9.8,
+    "cohort-8": 10,
+    "examples-100": 6,
+    "examples-500": 10,
+    "lora": 5,
+    "coefficients-uniform": 3,
+    "coefficients-learned": 6,
+    "coefficients-layerwise": 5,
+}
 
 
 def plan(seen: Sequence[str] = SEEN, unseen: Sequence[str] = UNSEEN, **more: object) -> Plan:
@@ -109,22 +130,16 @@ def whole(folder: Path) -> Path:
     """A main study with policies, sizes, LoRA and coefficients."""
     writer = Writer(folder, plan(left_out=("seed number 3",), dropped={"tiny": "one class only"}))
     writer.measure("base", 0, {"seen": 0, "unseen": 0})
-    for release, (seen, unseen) in enumerate([(4, 1.3), (6, 2.2), (8, 2.0), (9, 1.8), (10, 1.4)]):
-        writer.measure("mean", release + 1, {"seen": seen, "unseen": unseen})
-    once: dict[str, tuple[float, float]] = {"multitask": (12, 1.5), "oneshot-mean": (5, 0.8)}
-    for name, (seen, unseen) in {**once, "oneshot-ties": (4, 0.5)}.items():
-        writer.measure(name, 1, {"seen": seen, "unseen": unseen}, steps=5 * STEPS)
+    curve = [(4, 1.3), (6, 2.2), (8, 2.0), (9, 1.8), (10, 1.4)]
+    for release, (seen, unseen) in enumerate(curve, 1):
+        writer.measure("mean", release, {"seen": seen, "unseen": unseen})
+    for name, gains in AT_ONCE.items():
+        writer.measure(name, 1, gains, steps=5 * STEPS)
     writer.measure("alone", 1, {"seen": 11}, steps=5 * STEPS)
-    policies = {"atm": (11.0, 2.0), "ema": (7.0, 1.0), "ties": (6.0, 0.2), "sam": (14.0, 3.0)}
-    for name, (seen, unseen) in policies.items():
-        writer.measure(name, 5, {"seen": seen, "unseen": unseen})
-    sizes = {"cohort-2": 9.8, "cohort-8": 10, "examples-100": 6, "examples-500": 10, "lora": 5}
-    coefficients = {"uniform": 3.0, "learned": 6.0, "layerwise": 5.0}
-    for name, seen in {
-        **sizes,
-        **{f"coefficients-{k}": v for k, v in coefficients.items()},
-    }.items():
-        writer.measure(name, 5, {"seen": seen, "unseen": 1})
+    for name, gains in POLICIES.items():
+        writer.measure(name, 5, gains)
+    for name, gain in ONE_THING.items():
+        writer.measure(name, 5, {"seen": gain, "unseen": 1})
     for protocol in ("ft100", "full"):
         writer.measure("base", 0, {"seen": 0, "unseen": 0}, protocol=protocol, draws=3)
         writer.measure("mean", 5, {"seen": 2, "unseen": 1.5}, protocol=protocol, draws=3)

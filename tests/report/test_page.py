@@ -67,6 +67,12 @@ def test_the_picture_is_there_without_scripts(html: str) -> None:
     assert re.search(r"<div class='picture' id='picture-0'><svg", before_scripts)
 
 
+def test_prose_in_a_table_breaks_its_lines() -> None:
+    table = Table("T", "", ["what", "much"], [["a long sentence", "1"]], frozenset({1}), frozenset({0}))
+    html = render(Page("P", "", [], [table]))
+    assert "<td class=prose>a long sentence</td><td class=number>1</td>" in html
+
+
 def test_a_page_without_pictures_has_no_script() -> None:
     assert "<script" not in render(Page("t", "l", [], [Code("c", "", ["x"])]))
 
