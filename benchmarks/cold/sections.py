@@ -48,10 +48,10 @@ def main_table(
         f"{group.capitalize()} sets, {PROTOCOLS[protocol]}",
         f"Means over {count} {group} sets; points. Gains are over the pretrained base, in pairs: "
         "the same test examples, the same training examples. Intervals are 95 %: over examples "
-        "within these sets; the same with seeds and draws drawn again; across sets (Student's t). "
-        "`over mean` is against the plain mean after as many steps.",
+        "within these sets; the same with seeds and draws drawn again (with runs); across sets "
+        "(Student's t). Over mean is against the plain mean after as many steps.",
         [
-            *("variant", "seeds", "accuracy", "gain", "within sets", "with seeds and draws"),
+            *("variant", "seeds", "accuracy", "gain", "within sets", "with runs"),
             *("across sets", "median", "won", "SE", "over mean"),
         ],
         [_main_row(row) for row in chosen],
@@ -102,7 +102,7 @@ def releases_table(records: Records, protocol: str) -> Table:
             ]
         )
     return Table(
-        "Release by release",
+        "Releases in numbers",
         f"Gain of each release of the plain mean over the base ({PROTOCOLS[protocol]}), with the "
         "95 % interval within the sets, and the gain of each seed by itself.",
         ["release", "seen", "unseen", "seen, by seed", "unseen, by seed", "shipped so far"],

@@ -68,7 +68,9 @@ def test_the_picture_is_there_without_scripts(html: str) -> None:
 
 
 def test_prose_in_a_table_breaks_its_lines() -> None:
-    table = Table("T", "", ["what", "much"], [["a long sentence", "1"]], frozenset({1}), frozenset({0}))
+    table = Table(
+        "T", "", ["what", "much"], [["a long sentence", "1"]], frozenset({1}), frozenset({0})
+    )
     html = render(Page("P", "", [], [table]))
     assert "<td class=prose>a long sentence</td><td class=number>1</td>" in html
 
