@@ -6,24 +6,31 @@ DEMO ?=
 TEST ?=
 SERVERS := --database postgresql --blobs s3
 STORED := tests/coordinator/store tests/coordinator/service tests/coordinator/test_races.py
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 SECONDS ?= 60
 FUZZ ?=
 
-.PHONY: demo test test-servers test-all lint protos fuzz bench clean
+.PHONY: demo test test-files test-stored test-servers test-all lint protos fuzz bench clean
 
 demo: .venv  ## the whole loop on this machine: DEMO="--rounds 2" passes options
 	$(BIN)/coldmerge demo $(DEMO)
 
 test: .venv lint  ## lint, types, floors, every test not marked slow; then the store's on servers
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TEST)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(SERVERS) $(STORED)
+	@$(MAKE) --no-print-directory -j 2 test-files test-stored
+
+test-files: .venv
+	$(PYTEST) -n 2 -m "not slow" $(TEST)
+
+test-stored: .venv  ## one process beside the others, which often wait; it speaks when it has ended
+	@said=$$($(PYTEST) -n 0 -m "not slow" $(SERVERS) $(STORED) 2>&1); ended=$$?; \
+	  printf '%s\n' "On servers ($(SERVERS)):" "$$said"; exit $$ended
 
 test-servers: .venv  ## all tests of the coordinator and of attacks on PostgreSQL and S3
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(SERVERS) \
+	$(PYTEST) -n 2 -m "not slow" $(SERVERS) \
 	  tests/coordinator tests/attacks
 
 test-all: .venv lint  ## the same, with the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TEST)
+	$(PYTEST) -n 2 $(TEST)
 
 lint: .venv  ## ruff, mypy --strict, import floors
 	$(BIN)/ruff check .

@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coldmerge.cli.local import ask, local
+from coldmerge.cli.releases import release_row
+from coldmerge.cli.rounds import round_row
+from coldmerge.wire.v1 import models_pb2, rounds_pb2
 from tests.backends import init_options
 from tests.support import free_ports
 from tests.support import until as until
@@ -100,14 +104,18 @@ class Hub:
         return run(*args, env=environment(COLDMERGE_DIR=str(self.folder)), check=check)
 
     def rounds(self, model: str) -> list[dict[str, Any]]:
-        """Rounds of a model, newest first."""
-        found: list[dict[str, Any]] = self.cli("round", "list", model)
-        return found
+        """What `round list` prints of a model, newest first; asked without a process, for polls."""
+        request = rounds_pb2.ListRoundsRequest(model=model)
+        with local(self.folder) as coordinator:
+            found = ask(coordinator.rounds.List, request).rounds
+        return [round_row(message) for message in found]
 
     def releases(self, model: str) -> list[dict[str, Any]]:
-        """Releases of a model, oldest first."""
-        found: list[dict[str, Any]] = self.cli("release", "list", model)
-        return found
+        """What `release list` prints of a model, oldest first; asked without a process."""
+        request = models_pb2.ListReleasesRequest(model=model)
+        with local(self.folder) as coordinator:
+            found = ask(coordinator.models.ListReleases, request).releases
+        return [release_row(message) for message in found]
 
 
 @dataclass

@@ -6,12 +6,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from coldmerge_client.policy import SendPolicy
 from coldmerge_client.session import Session
 from tests.client.members import TRAINER, Member, config_of
 from tests.support import free_ports, until, write_model
+from tests.zygote import Zygote
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -78,28 +77,21 @@ def home(tmp_path: Path) -> Home:
     return home
 
 
-_SERVE = "import pathlib, sys; from coldmerge_coordinator.serve import serve; "
-_SERVE += "serve(pathlib.Path(sys.argv[1]))"
-
-
 @dataclass
 class Coordinator:
     """A served coordinator folder; `admin` calls go over its Unix socket."""
 
     folder: Path
     fingerprint: str
-    process: subprocess.Popen[bytes] | None = None
+    zygote: Zygote
+    running: list[int] = field(default_factory=list)
 
     def start(self) -> None:
+        """The API, and a worker beside it."""
         (self.folder / "run.json").unlink(missing_ok=True)
-        log = (self.folder.parent / "coordinator.log").open("ab")
-        with log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, str(self.folder)],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+        log = self.folder.parent / "coordinator.log"
+        api = self.zygote.serve(self.folder, log)
+        self.running = [api, self.zygote.work(self.folder, log, api)]
         until("run.json", (self.folder / "run.json").exists)
         until("admin.sock", (self.folder / "admin.sock").exists)
 
@@ -108,10 +100,10 @@ class Coordinator:
         return found
 
     def stop(self, how: int = signal.SIGTERM) -> None:
-        if self.process is not None:
-            self.process.send_signal(how)
-            self.process.wait(30)
-            self.process = None
+        for pid in self.running:
+            os.kill(pid, how)
+        while self.running:
+            self.zygote.wait(self.running.pop())
 
     def admin(self, method: str, request: object) -> Any:
         with local_channel(self.folder / "admin.sock") as channel:
@@ -230,8 +222,15 @@ def through(home: Home, relay: Relay) -> Home:
     return home
 
 
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    made = Zygote()
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def make_coordinator(tmp_path: Path) -> Iterator[Callable[..., Coordinator]]:
+def make_coordinator(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Coordinator]]:
     """Init, add model `m`, serve on free ports; ended with the test."""
     from coldmerge_coordinator.importing import add_model
     from coldmerge_coordinator.setup import init
@@ -247,7 +246,7 @@ def make_coordinator(tmp_path: Path) -> Iterator[Callable[..., Coordinator]]:
         store = Store.open(folder)
         add_model(store, "m", source, ["classifier.*"], RoundTemplate())
         store.close()
-        coordinator = Coordinator(folder, made.fingerprint)
+        coordinator = Coordinator(folder, made.fingerprint, zygote)
         running.append(coordinator)
         coordinator.start()
         return coordinator

@@ -26,9 +26,9 @@ from coldmerge_coordinator import setup
 from coldmerge_coordinator.importing import add_model
 from coldmerge_coordinator.store import Store
 from tests.crash.members import MODEL, Base
-from tests.crash.zygote import Zygote
 from tests.federation import COLDMERGE, environment
 from tests.support import free_ports, until, write_model
+from tests.zygote import Zygote
 
 What = Literal["all", "api", "worker"]
 GATES: tuple[dict[str, object], ...] = (

@@ -27,8 +27,8 @@ from coldmerge.wire.v1 import models_pb2
 from coldmerge_client.home import Home
 from coldmerge_client.session import Session
 from tests.crash.members import MODEL
-from tests.crash.zygote import ROOT
 from tests.federation import environment
+from tests.zygote import ROOT
 
 
 @dataclass

@@ -24,8 +24,8 @@ from tests.crash.checks import check_folder
 from tests.crash.host import GATES, Host
 from tests.crash.members import MODEL, Base, Ledger, Member, base_tensors
 from tests.crash.trace import faults
-from tests.crash.zygote import Zygote
 from tests.support import until
+from tests.zygote import Zygote
 
 pytestmark = pytest.mark.xdist_group("crash-disk")
 

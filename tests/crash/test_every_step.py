@@ -25,7 +25,7 @@ from tests.crash.checks import check_folder
 from tests.crash.host import GATES, Host
 from tests.crash.members import MODEL, Ledger, Member, base_tensors
 from tests.crash.trap import Trap
-from tests.crash.zygote import Zygote
+from tests.zygote import Zygote
 
 pytestmark = [
     pytest.mark.xdist_group("crash-steps"),

@@ -26,8 +26,8 @@ from tests.client.conftest import Relay
 from tests.crash.checks import check_folder
 from tests.crash.host import GATES, Host
 from tests.crash.members import MODEL, Ledger, Member, base_tensors
-from tests.crash.zygote import Zygote
 from tests.support import until, write_model
+from tests.zygote import Zygote
 
 pytestmark = pytest.mark.xdist_group("crash-links")
 

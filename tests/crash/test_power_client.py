@@ -27,9 +27,9 @@ from tests.crash.host import GATES, Host
 from tests.crash.members import MODEL, base_tensors
 from tests.crash.power import Disk
 from tests.crash.trace import Step, Trace, recording
-from tests.crash.zygote import Zygote
 from tests.federation import COLDMERGE, environment
 from tests.support import write_model
+from tests.zygote import Zygote
 
 pytestmark = [
     pytest.mark.xdist_group("crash-power"),

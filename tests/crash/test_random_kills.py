@@ -21,7 +21,7 @@ from tests.crash import reader
 from tests.crash.checks import check_folder
 from tests.crash.host import Host, Opener, What
 from tests.crash.members import MODEL, Crowd, Ledger, Member, base_tensors
-from tests.crash.zygote import Zygote
+from tests.zygote import Zygote
 
 pytestmark = pytest.mark.xdist_group("crash-random")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 
@@ -25,15 +28,21 @@ def commands() -> list[str]:
 
 
 @cache
-def options_of(*program: str) -> str:
-    """What `--help` prints."""
-    return subprocess.run(
-        [sys.executable, "-m", *program, "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+def options_of(program: str) -> str:
+    """What `python -m ... --help` prints; in this process, which has imported most of it."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(sys, "argv", [program, "--help"])
+        with suppress(SystemExit):  # what failed has said nothing about options
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+    return said.getvalue()
+
+
+@cache
+def options_of_pytest() -> str:
+    """With those that tests/crash adds."""
+    command = [sys.executable, "-m", "pytest", "tests/crash", "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def check_pytest(words: list[str]) -> None:
@@ -43,7 +52,7 @@ def check_pytest(words: list[str]) -> None:
         file, _, name = path.partition("::")
         assert (ROOT / file).exists(), path
         assert not name or f"def {name}(" in (ROOT / file).read_text(), path
-    known = options_of("pytest", "tests/crash")  # which adds options of its own
+    known = options_of_pytest()
     for word in words:
         if word.startswith("--"):
             assert re.search(rf"{re.escape(word.partition('=')[0])}\b", known), word
@@ -71,6 +80,7 @@ def check_coldmerge(words: list[str]) -> None:
     assert {word for word in words if word.startswith("--")} <= known
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 @pytest.mark.parametrize("command", commands())
 def test_every_command_exists(command: str) -> None:
     words = shlex.split(command)

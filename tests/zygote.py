@@ -1,6 +1,7 @@
 """Coordinators that start in a fraction of a second: forked from a process that has imported them.
 
-Half a thousand restarts would spend their time importing. `python -m tests.crash.zygote`
+Half a thousand restarts, and a coordinator for each test of a client, would spend their time
+importing. `python -m tests.zygote`
 reads one JSON request a line and answers each with one: `serve` and `work` fork a child
 that runs the real entry point, `wait` reaps it. The worker is a child of this process, not
 of the API's, as in a deployment with separate units; kill it with its group or on its own. It
@@ -25,7 +26,7 @@ from typing import Any
 
 from tests.federation import environment
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 IMPORTED = ("alembic.command", "coldmerge_coordinator.serve", "coldmerge_coordinator.worker")
 
 
@@ -38,7 +39,7 @@ class Zygote:
     def __init__(self, *before: str, **extra: str) -> None:
         paths = [str(ROOT), *sys.path]
         self.process = subprocess.Popen(
-            [*before, sys.executable, "-m", "tests.crash.zygote"],
+            [*before, sys.executable, "-m", "tests.zygote"],
             cwd=ROOT,
             env=environment(PYTHONPATH=os.pathsep.join(filter(None, paths)), **extra),
             stdin=subprocess.PIPE,
