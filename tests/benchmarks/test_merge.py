@@ -30,7 +30,7 @@ FIELDS = {"method", "sources", "dtype", "ours_s", "mergekit_s", "floor_s", "spee
 Array = np.ndarray[Any, Any]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_tiny_run_without_mergekit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
 ) -> None:

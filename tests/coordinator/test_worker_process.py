@@ -96,7 +96,7 @@ def has_blobs(folder: Path, count: int) -> bool:
     return len(list(folder.glob("blobs/??/*"))) >= count
 
 
-@pytest.mark.parametrize("outer", ["none", "nesterov"])
+@pytest.mark.parametrize("outer", [pytest.param("none", marks=pytest.mark.slow), "nesterov"])
 def test_killed_at_any_moment_it_comes_to_the_same_release(
     bench: Bench, start: Start, tmp_path: Path, outer: str
 ) -> None:

@@ -87,11 +87,11 @@ def assert_contributors_know(orgs: list[Org], release: dict[str, object]) -> Non
         status = org.cli("status")
         assert status["models"][0]["latest"] == release["number"]
         assert {line["what"] for line in status["left"]} >= {"join", "contribution", "evaluation"}
-        out = org.home / "personal"
-        org.cli("pull", "fruit")
-        org.cli("personal", "export", "fruit", out)
-        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(out)
-        assert set(loaded.config.id2label.values()) == {"fruit", "metal"}
+    org, out = orgs[0], orgs[0].home / "personal"
+    org.cli("pull", "fruit")
+    org.cli("personal", "export", "fruit", out)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    assert set(loaded.config.id2label.values()) == {"fruit", "metal"}
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ load_trainer(config).train(TrainJob(Path(release), Path(out), None, config, 3), 
     ("method", "freeze", "rho"),
     [
         ("full", "embeddings.* encoder.layer.0.*", ""),
-        ("full", "embeddings.* encoder.layer.0.*", "0.05"),
+        pytest.param("full", "embeddings.* encoder.layer.0.*", "0.05", marks=pytest.mark.slow),
         ("lora", "", ""),
     ],
 )
