@@ -99,6 +99,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             protocols=options.protocols,
             seeds=options.seeds,
             rounds=options.rounds,
+            cheap=options.cheap,
         )
         said = _said(options, split)
         whose = {"name": "minilm" if options.model is None else model.name, "digest": digest}
@@ -263,7 +264,7 @@ def _costs(split: Split, model: Path, data: Path, pool: ProcessPoolExecutor) -> 
 
 def _said(options: argparse.Namespace, split: Split) -> dict[str, Any]:
     """The options that decide the plan."""
-    names = ("rounds", "seeds", "seed", "budget", "study")
+    names = ("rounds", "seeds", "seed", "budget", "cheap", "study")
     data = {task.name: task.digest() for task in (*split.seen, *split.unseen)}
     return {
         **{name: getattr(options, name) for name in names},
@@ -353,6 +354,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=_number(1), default=3, help="how many (default: 3)")
     add("--seed", type=_number(0), default=0, metavar="FIRST", help="the first of them")
     add("--budget", metavar="TIME", help="such as 15m: what does not fit is left out, and said")
+    add("--cheap", action="store_true", help="top layers only, 200 examples: minutes")
     add("--study", choices=STUDIES, default="main", help="recipes beside the mean")
     add(
         "--protocols",

@@ -142,8 +142,9 @@ def choose(parts: Parts, costs: Costs, budget: float | None) -> tuple[Parts, lis
     if budget is None or costs(parts) <= budget:
         return parts, []
     least = math.inf
-    for cheap in (False, True):
-        left_out = ["the full setting (whole body, more examples)"] if cheap else []
+    for cheap in (True,) if parts.cheap else (False, True):
+        turned = cheap and not parts.cheap
+        left_out = ["the full setting (whole body, more examples)"] if turned else []
         start = replace(parts, cheap=cheap)
         options = [("", start), *start.smaller()]
         for word, left in options:
