@@ -76,7 +76,7 @@ class Run:
         release: rounds behind it; 0 is the pretrained base.
         digest: content digest.
         bytes: what contributors shipped up to it.
-        train_seconds: what training took up to it, of one core, all contributors together.
+        train_seconds: what its rounds took, in one process, one contributor after the other.
         steps: optimizer steps up to it, all contributors together.
         examples: training examples seen up to it, each as often as it was seen.
         task: the one task that it was trained on, where it is one.

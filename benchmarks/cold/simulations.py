@@ -12,8 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ class Simulated:
 
     Attributes:
         runs: one for each release after the base, in order.
-        folders: digest → model folder of those releases, and of the base.
+        folders: digest → model folder of those releases; of the base where `sent` needs it.
         sent: task → what its contributor sent in the first round, a task vector's file.
         spent: task → seconds, steps and examples of it.
 
@@ -150,68 +149,94 @@ def recall(file: Path) -> Simulated | None:
 def _collect(
     variant: str, result: Mapping[str, Any], place: Path, work: Path, *, keep_sent: bool
 ) -> Simulated:
+    """Take the releases, their costs and perhaps the first round's contributions out of a run."""
     from coldmerge_coordinator import exporting
-    from coldmerge_coordinator.store import Store, contributions
+    from coldmerge_coordinator.store import Store
 
-    seed, tasks = int(result["seed"]), _tasks(place)
-    rounds = {line["round"]: line for line in result["rounds"]}
+    total = Run(variant, int(result["seed"]), 0, "")
     runs: list[Run] = []
     folders: dict[str, Path] = {}
-    sent: dict[str, Path] = {}
-    spent: dict[str, Run] = {}
-    total = Run(variant, seed, 0, "")
-    with ExitStack() as stack:
-        store = stack.enter_context(Store.open(place / "hub"))
-        session = stack.enter_context(store.database.read())
+    sent: list[_Sent] = []
+    with Store.open(place / "hub") as store:
         for release in result["releases"]:
-            digest = str(release["digest"])
-            folders[digest] = work / "releases" / digest[:32]
-            if not folders[digest].exists():
-                folders[digest].parent.mkdir(exist_ok=True)
-                exporting.lay_out(store, digest, folders[digest])
-            line = rounds.get(release["round"])
-            if line is None:
-                continue
-            rows = contributions.of_round(session, line["id"])
-            came = [row for row in rows if row.contributor in line["accepted"]]
-            part = [_one(variant, seed, row, tasks[row.contributor]) for row in came]
-            total = Run(
-                variant,
-                seed,
-                int(release["number"]),
-                digest,
-                total.bytes + sum(one.bytes for one in part),
-                round(total.train_seconds + line["seconds"], 2),
-                total.steps + sum(one.steps for one in part),
-                total.examples + sum(one.examples for one in part),
-            )
-            runs.append(total)
-            if keep_sent and release["number"] == 1:
-                for row, one in zip(came, part, strict=True):
-                    task = tasks[row.contributor]
-                    target = work / "sent" / f"{variant}-{seed}" / f"{task}.safetensors"
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(store.payloads.local(row.payload), target)
-                    share = line["seconds"] * one.steps / max(1, total.steps)
-                    sent[task] = target
-                    spent[task] = Run(
-                        **{**vars(one), "train_seconds": round(share, 2), "digest": digest}
-                    )
-    return Simulated(tuple(runs), str(result["releases"][0]["digest"]), folders, sent, spent)
+            digest, number = str(release["digest"]), int(release["number"])
+            if number or keep_sent:
+                folders[digest] = work / "releases" / f"{variant}-{total.seed}-{number}"
+                if not folders[digest].exists():
+                    folders[digest].parent.mkdir(exist_ok=True)
+                    exporting.lay_out(store, digest, folders[digest])
+            for line in result["rounds"]:
+                if number and line["round"] == release["round"]:
+                    came = _came(store, line, total, _tasks(place))
+                    total = _after(total, number, digest, line["seconds"], came)
+                    runs.append(total)
+                    sent = came if number == 1 else sent
+        kept = work / "sent" / f"{variant}-{total.seed}"
+        paths = {one.task: _keep(store, one, kept) for one in sent} if keep_sent else {}
+    spent = {one.task: one.run for one in sent}
+    return Simulated(tuple(runs), str(result["releases"][0]["digest"]), folders, paths, spent)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A contribution that counted: what it cost, and where the hub has its file."""
+
+    task: str
+    payload: str
+    run: Run
+
+
+def _came(store: Any, line: Mapping[str, Any], total: Run, tasks: Mapping[str, str]) -> list[_Sent]:
+    """The contributions that a round merged; its seconds are shared out by steps."""
+    from coldmerge_coordinator.store import contributions
+
+    found = []
+    with store.database.read() as session:
+        for row in contributions.of_round(session, line["id"]):
+            if row.contributor in line["accepted"]:
+                manifest = contributions.get_manifest(row)
+                steps, epochs = (manifest.training.get(key, 0.0) for key in ("steps", "epochs"))
+                run = Run(
+                    total.variant,
+                    total.seed,
+                    1,
+                    "",
+                    bytes=row.payload_bytes,
+                    steps=round(steps),
+                    examples=round(manifest.examples * epochs),
+                    task=tasks[row.contributor],
+                )
+                found.append(_Sent(tasks[row.contributor], row.payload, run))
+    share = line["seconds"] / max(1, sum(one.run.steps for one in found))
+    return [
+        replace(one, run=replace(one.run, train_seconds=round(share * one.run.steps, 2)))
+        for one in found
+    ]
+
+
+def _after(total: Run, number: int, digest: str, seconds: float, came: Sequence[_Sent]) -> Run:
+    """What it had cost up to a release, and one round more."""
+    return replace(
+        total,
+        release=number,
+        digest=digest,
+        bytes=total.bytes + sum(one.run.bytes for one in came),
+        train_seconds=round(total.train_seconds + seconds, 2),
+        steps=total.steps + sum(one.run.steps for one in came),
+        examples=total.examples + sum(one.run.examples for one in came),
+    )
+
+
+def _keep(store: Any, one: _Sent, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{one.task}.safetensors"
+    shutil.copyfile(store.payloads.local(one.payload), target)
+    return target
 
 
 def _tasks(place: Path) -> dict[str, str]:
     index = json.loads((place / "data" / "shares.json").read_text())
     return {row["name"]: row["task"] for row in index["shares"]}
-
-
-def _one(variant: str, seed: int, row: Any, task: str) -> Run:
-    from coldmerge_coordinator.store import contributions
-
-    manifest = contributions.get_manifest(row)
-    steps, epochs = (manifest.training.get(key, 0.0) for key in ("steps", "epochs"))
-    examples = round(manifest.examples * epochs)
-    return Run(variant, seed, 1, "", row.payload_bytes, 0.0, round(steps), examples, task)
 
 
 def merge(

@@ -144,8 +144,10 @@ class Study:
                 self._simulate(
                     (3, place), MULTITASK, seed, self.federation.multitask(place_of, seed)
                 )
-            for recipe in self.parts.recipes:
-                self._simulate((6, place), recipe, seed, self.federation.simulation(recipe, seed))
+            for turn, recipe in enumerate(self.parts.recipes):
+                if not self._is_measured(recipe, seed):
+                    settings = self.federation.simulation(recipe, seed)
+                    self._simulate((6, place, turn), recipe, seed, settings)
 
     def _simulate(
         self,
@@ -182,16 +184,17 @@ class Study:
     def _simulated(
         self, stage: tuple[int, ...], variant: str, seed: int, found: simulations.Simulated
     ) -> None:
-        main = variant in (MEAN, MULTITASK) or variant.startswith(ONESHOT)
         last = max((run.release for run in found.runs), default=0)
         for run in found.runs:
-            if main or run.release == last:
-                subject = Subject(
-                    variant, run.release, run.digest, found.folders[run.digest], (seed,)
-                )
-                self._probe((stage[0] + 1, *stage[1:]), subject, self._tasks_of(variant))
-                if variant == MEAN and run.release == last:
-                    self._tune((5, *stage[1:]), subject)
+            folder = found.folders[run.digest]
+            subject = Subject(variant, run.release, run.digest, folder, (seed,))
+            recipe = variant in self.parts.recipes
+            if recipe and run.release < last:
+                shutil.rmtree(folder, ignore_errors=True)  # only the last one is measured
+            else:
+                self._probe((*stage, 0), subject, self._tasks_of(variant), tidy=recipe)
+            if variant == MEAN and run.release == last:
+                self._tune((5, *stage[1:]), subject)
         if variant == f"{ONESHOT}mean":
             self._merges(stage, seed, found)
 
@@ -229,26 +232,36 @@ class Study:
         paths: list[Path],
     ) -> None:
         tasks = [one for one in self._measured if run.task is None or one[0].name == run.task]
-        keys = {
-            (run.variant, seed, run.release, folder.name, protocol, number)
-            for folder, _ in tasks
-            for protocol in self._probes
-            for number in range(self.ruler.draws if protocol == "lp100" else 1)
-        }
-        if keys <= self._known:
+        if self._keys(run.variant, seed, run.release, tasks) <= self._known:
             return
 
         def then(made: jobs.Merged) -> None:
             self.outcome.note(made.run)
             about = made.run
             subject = Subject(about.variant, about.release, about.digest, made.folder, (seed,))
-            self._probe((*later, 0), subject, tasks, tidy=True)
+            self._probe((*stage, 0), subject, tasks, tidy=True)
 
-        # Measured and removed before the next one is made: each takes the room of a model.
-        later = (stage[0] + 1, *stage[1:])
         about = (run, method, parameters, base, paths, self.work)
         title = " ".join(filter(None, [run.variant, run.task, f"seed {seed}"]))
-        self._add((*later, 1), 5.0, title, jobs.merge, about, then, run.variant)
+        # Measured and removed before the next one is made: each takes the room of a model.
+        self._add((*stage, 1), 5.0, title, jobs.merge, about, then, run.variant)
+
+    def _keys(
+        self, variant: str, seed: int, release: int, tasks: Sequence[jobs.Measured]
+    ) -> set[Any]:
+        """Keys of all the probes of a release."""
+        return {
+            (variant, seed, release, folder.name, protocol, number)
+            for folder, _ in tasks
+            for protocol in self._probes
+            for number in range(self.ruler.draws if protocol == "lp100" else 1)
+        }
+
+    def _is_measured(self, recipe: str, seed: int) -> bool:
+        """Whether a recipe was run before and its last release probed: nothing is left of it."""
+        ran = [r.release for r in self.outcome.runs() if (r.variant, r.seed) == (recipe, seed)]
+        tasks = self._tasks_of(recipe)
+        return bool(ran) and self._keys(recipe, seed, max(ran), tasks) <= self._known
 
     @property
     def _probes(self) -> tuple[Protocol, ...]:
