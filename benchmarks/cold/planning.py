@@ -3,7 +3,8 @@
 Costs are measured on this machine at the start: a training step, what a fine-tune costs
 besides, and a text's features. What does not fit is left out in a declared order: other
 recipes, fine-tuning of releases, baselines, seeds, rounds; last comes the cheap setting (frozen
-bottom layers, few examples), from the full table down in the same order.
+bottom layers, few examples), from the full table down in the same order. Baselines that fit again
+once there are fewer seeds come back.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def choose(parts: Parts, costs: Costs, budget: float | None) -> tuple[Parts, lis
         for word, left in options:
             left_out += [word] if word else []
             if costs(left) <= budget:
-                return left, left_out
+                return _filled(left, parts, left_out, costs, budget)
             least = min(least, costs(left))
     raise ConfigError(
         "cold.small_budget",
@@ -160,6 +161,21 @@ def choose(parts: Parts, costs: Costs, budget: float | None) -> tuple[Parts, lis
         got=f"{budget:g} s",
         hint=f"Everything that was asked for takes about {math.ceil(costs(parts) / 60)}m here.",
     )
+
+
+def _filled(
+    left: Parts, asked: Parts, left_out: list[str], costs: Costs, budget: float
+) -> tuple[Parts, list[str]]:
+    """Baselines that were left out and that still fit, now that there are fewer seeds."""
+    for baseline in reversed(BASELINES):
+        wanted = baseline in asked.baselines and baseline not in left.baselines
+        # Merges, and what each has alone, are made of the one-shot's fine-tunes.
+        if wanted and (baseline in ("oneshot", "multitask") or "oneshot" in left.baselines):
+            more = replace(left, baselines=(baseline, *left.baselines))
+            if costs(more) <= budget:
+                left, gone = more, f"baseline {baseline}"
+                left_out = [word for word in left_out if word != gone]
+    return left, left_out
 
 
 def sizes_of(split: Split, settings: dict[str, Any]) -> Sizes:
