@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -30,9 +28,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.cold import jobs
+from benchmarks.cold import jobs, report
 from benchmarks.cold.bar import Bar
-from benchmarks.cold.outcome import BASE, MEAN, Outcome, Plan
+from benchmarks.cold.outcome import Outcome, Plan
 from benchmarks.cold.planning import (
     BASELINES,
     PROTOCOLS,
@@ -45,7 +43,7 @@ from benchmarks.cold.planning import (
     held,
     sizes_of,
 )
-from benchmarks.cold.recipes import COMMON, STUDIES, Federation, load
+from benchmarks.cold.recipes import STUDIES, Federation, load
 from benchmarks.cold.sets import Split, read
 from benchmarks.cold.summary import summary, text
 from coldmerge.core.errors import ColdmergeError, ConfigError, ConflictError
@@ -113,9 +111,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         bar = Bar()
         failed = _work(plan, split, model, digest, options, outcome, pool, bar)
         bar.end()
-    found = summary(outcome, failed)
+    found = {**summary(outcome, failed), **report.result(outcome.folder)}
     (outcome.folder / "gain.json").write_text(json.dumps(found, indent=1) + "\n")
-    _report(outcome.folder)
+    report.write(outcome.folder)
     return found
 
 
@@ -285,11 +283,6 @@ def _cpu() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _report(folder: Path) -> None:
-    if importlib.util.find_spec("benchmarks.cold.report") is not None:
-        importlib.import_module("benchmarks.cold.report").write(folder)
-
-
 @contextmanager
 def _pool() -> Iterator[ProcessPoolExecutor]:
     spawn, mine = get_context("spawn"), (os.getpid(),)
@@ -367,8 +360,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--format", choices=("table", "json"), default="table")
     return parser.parse_args(arguments)
 
-
-__all__ = ["BASE", "COMMON", "MEAN", "main"]
 
 if __name__ == "__main__":
     raise SystemExit(main())

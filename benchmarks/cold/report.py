@@ -186,8 +186,9 @@ def _command(plan: Plan) -> Code:
     for name, value in said.items():
         listed = isinstance(value, list | tuple)
         text = ",".join(map(str, value)) if listed else str(value)
-        if value is not None and text:
-            words += [f"--{name.replace('_', '-')}", text]
+        if value is not None and text and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [text]
     return Code(
         "Repeat it",
         "Resumable: the same command in the same folder goes on where it stopped. The report is "

@@ -1,4 +1,4 @@
-"""The gain, and the table behind it."""
+"""Every release beside the base, as values and as text; intervals are the report's."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from benchmarks.cold.outcome import ALONE, BASE, MEAN, Outcome, Score
+from benchmarks.cold.outcome import ALONE, BASE, Outcome, Score
 
 GROUPS = ("seen", "unseen")
 
 
 def summary(outcome: Outcome, failed: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """JSON-ready values: `gain` in points, a row for each variant, release and protocol."""
+    """JSON-ready values: a row for each variant, release and protocol, and what was planned."""
     scores, runs = outcome.scores(), outcome.runs()
     plan = outcome.plan()
-    last = max((score.release for score in scores if score.variant == MEAN), default=0)
     return {
-        "gain": {
-            group: _gain(scores, MEAN, last, "lp100", group) if last else None for group in GROUPS
-        },
-        "table": table(scores),
-        "rounds": last,
+        "releases": table(scores),
         "seeds": sorted({run.seed for run in runs}),
         "seen": list(plan.seen),
         "unseen": list(plan.unseen),
@@ -92,10 +87,14 @@ def _gain(
 def text(found: Mapping[str, Any]) -> str:
     """The table as people read it."""
     lines = [f"{'variant':28}{'release':>8}  {'protocol':9}{'seen':>16}{'unseen':>16}"]
-    for row in found["table"]:
+    for row in found["releases"]:
         cells = "".join(f"{_cell(row, group):>16}" for group in GROUPS)
         lines.append(f"{row['variant']:28}{row['release']:8}  {row['protocol']:9}{cells}")
     lines.append(f"accuracy in points, with the gain over the base; {ALONE}: on the own set only")
+    gain = found["gain"]
+    shown = ", ".join(f"{g} {gain[g]:+.2f}" for g in GROUPS if gain[g] is not None)
+    lines.append(f"gain of the plain mean (lp100): {shown or 'not measured'}")
+    lines.append(f"report: {found['out']}/report.html")
     for label in ("left_out", "failed", "dropped"):
         if found[label]:
             said = found[label]
