@@ -146,10 +146,9 @@ class HuggingFaceTrainer(ABC):
         kept = heads.kept(job.head, self.task)
         if kept is not None:
             kept.fill(names.parameters, labels)
+        models.freeze(model, names, config.freeze)
         if config.method == "lora":
             model = lora.wrap(model, config, names, head)
-        else:
-            models.freeze(model, names, config.freeze)
         return model, lora.trained_copies(model, head)
 
     def _fit(
@@ -203,9 +202,10 @@ class HuggingFaceTrainer(ABC):
 
         The first `passing` of them are of this round only.
         """
-        body = getattr(model, "base_model", None)
+        inner = model.get_base_model() if self.config.method == "lora" else model
+        body = getattr(inner, "base_model", None)
         cut = None
-        if self.config.method == "full" and self.config.freeze and body is not None:
+        if self.config.freeze and body is not None:
             body = body.to(models.device(self.config))
             cut = trunk.cut(body, examples, collate, job.cache, passing)
         try:

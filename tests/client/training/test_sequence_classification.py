@@ -19,7 +19,7 @@ from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.errors import ConfigError, ConflictError, NotFoundError
 from coldmerge.core.names import match_names
 from coldmerge_client import personal
-from coldmerge_client.training import EvaluateJob, TrainConfig, TrainJob, load_trainer
+from coldmerge_client.training import EvaluateJob, TrainConfig, TrainJob, load_trainer, trunk
 from coldmerge_client.training.heads import Head
 
 Configure = Callable[..., TrainConfig]
@@ -92,6 +92,32 @@ def test_frozen_tensors_stay_and_the_rest_learns(
     again = load_trainer(config).train(job(config, "again", cache=cache))
     one, two = tensors(trained.folder), tensors(again.folder)
     assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_adapters_learn_past_the_frozen_trunk(
+    configure: Configure, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the names of the whole model, and what training the whole model gives."""
+    cache = tmp_path / "cache"
+    config = configure(
+        method="lora",
+        lora={"target_modules": ["query", "value"]},
+        freeze=["embeddings.*", "encoder.layer.[0-1].*"],
+        pooling="mean",
+        epochs=4,
+    )
+    short = load_trainer(config).train(job(config, "short", cache=cache)).folder
+    (_,) = cache.glob("trunk-*.safetensors")
+    monkeypatch.setattr(trunk, "cut", lambda *_: None)
+    whole = load_trainer(config).train(job(config, "whole")).folder
+    one, two = (
+        safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        for folder in (short, whole)
+    )
+    assert one.keys() == two.keys()
+    assert {name.partition("layer.")[2][0] for name in one if "lora_" in name} == {"2"}
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], atol=2e-3, rtol=0.02)
 
 
 def test_only_states_that_come_again_are_kept(
@@ -200,6 +226,7 @@ load_trainer(config).train(TrainJob(Path(release), Path(out), None, config, 3), 
         ("full", "embeddings.* encoder.layer.0.*", ""),
         pytest.param("full", "embeddings.* encoder.layer.0.*", "0.05", marks=pytest.mark.slow),
         ("lora", "", ""),
+        ("lora", "embeddings.* encoder.layer.[0-1].*", "0.05"),
     ],
 )
 def test_training_killed_in_the_middle_resumes_to_the_same_tensors(
