@@ -41,7 +41,7 @@ def missing_table(records: Records, found: Sequence[Claim]) -> Table:
     rows = [
         *(["left out by the budget", text, ""] for text in plan.left_out),
         *_full_cost(records),
-        *(["dropped set", name, why] for name, why in sorted(plan.dropped.items())),
+        *_dropped(records),
         *([f"claim {c.id} not measured", c.says, c.note] for c in _in(found, UNMEASURED)),
         *_unfinished(records),
     ]
@@ -92,6 +92,15 @@ def _below_mean(records: Records, protocol: str) -> list[list[str]]:
             if over is not None and over.of.release and over.mean < 0:
                 rows.append([f"below {over.against}", f"{name}, {group} sets", str(over)])
     return rows
+
+
+def _dropped(records: Records) -> list[list[str]]:
+    """A line for each reason."""
+    dropped = records.plan.dropped
+    return [
+        ["sets dropped", ", ".join(sorted(name for name in dropped if dropped[name] == why)), why]
+        for why in dict.fromkeys(dropped.values())
+    ]
 
 
 def _full_cost(records: Records) -> list[list[str]]:

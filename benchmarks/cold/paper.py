@@ -26,16 +26,25 @@ from benchmarks.cold.records import COHORT, EXAMPLES, LP100, Records
 LEAST_RELEASES = 3
 
 
-def tuned(records: Records, variant: str, against: str | None) -> Answer:
-    """A variant against another one (None: the base) on seen sets, fine-tuned where it was."""
+TUNED = ("full", "ft100")
+
+
+def on_seen(
+    records: Records,
+    variant: str,
+    against: str | None,
+    protocols: Sequence[str] = (*TUNED, LP100, "frozen"),
+) -> Answer:
+    """A variant against another one (None: the base), by the first protocol that there is."""
     measured = records.measured
-    for protocol in ("full", "ft100", LP100, "frozen"):
+    for protocol in protocols:
         last = measured.last(variant, protocol, "seen")
         other = measured.last(against, protocol, "seen") if against else PRETRAINED
         found = measured.compare(last, other, protocol, "seen")
         if found is not None:
             return direction(found, "")
-    return missing(f"no {variant} beside {against or 'the base'} on seen sets")
+    how = "no fine-tuning of" if protocols == TUNED else "no"
+    return missing(f"{how} {variant} beside {against or 'the base'} on seen sets")
 
 
 def over_one_shot(records: Records) -> Answer:
@@ -72,7 +81,7 @@ def frozen_apart(records: Records) -> Answer:
 
 def tuned_alike(records: Records) -> Answer:
     """P6: seen gain minus unseen gain, fine-tuned."""
-    found = apart(records, ("full", "ft100"))
+    found = apart(records, TUNED)
     if found is None:
         return missing("no fine-tuning of the mean on seen and on unseen sets")
     mean, interval, said = found

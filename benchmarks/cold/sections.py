@@ -26,7 +26,7 @@ def claims_table(found: Sequence[Claim]) -> Table:
         "Claims",
         "R: demanded of this software. P: what the ColD Fusion paper says (Don-Yehiya et al., "
         "ACL 2023), with its own figure, which belongs to another model and other sets. O: ours. "
-        "Figures are in points with the 95 % interval over examples within these sets. `unclear`: "
+        "Figures are in points with the 95 % interval over examples within these sets. Unclear: "
         "the mean is on the claimed side, the interval reaches over zero.",
         ["", "claim", "asks for", "here", "figure", "how"],
         rows,

@@ -62,6 +62,7 @@ def test_claims_fail_when_the_records_say_so(tmp_path: Path) -> None:
     for release, seen in enumerate((6, 5, 3, 2, 1), 1):
         writer.measure("mean", release, {"seen": seen, "unseen": -2})
     writer.measure("oneshot-mean", 1, {"seen": 4, "unseen": 0}, steps=STEPS)
+    assert said(tmp_path)["P1"].verdict == "not measured"  # a probe is no fine-tuning
     found = said(tmp_path)
     for key in ("R1", "R2", "R4", "R5", "P11"):
         assert found[key].verdict == "fails", found[key]
@@ -87,8 +88,9 @@ def test_the_table_has_the_gain_of_every_variant(full: Path) -> None:
     assert row["runs_low"] < row["low"]
     assert (row["sets"], row["seeds"], row["release"], row["wins"]) == (8, 2, 5, mean.wins)
     assert row["seconds_per_point"] == pytest.approx(row["train_seconds"] / row["gain"], abs=0.1)
+    assert table(full) == found
     assert gain(full) == everything["gain"]
-    assert everything["gain"]["seen"] == row["gain"]
+    assert gain(full)["seen"] == row["gain"]
     assert row["over_mean"] is None
     assert by_key["sam", "lp100", "seen"]["over_mean"] > 0
     assert "gain" not in by_key["base", "lp100", "seen"]
