@@ -43,7 +43,7 @@ from benchmarks.cold.planning import (
     held,
     sizes_of,
 )
-from benchmarks.cold.recipes import STUDIES, Federation, load
+from benchmarks.cold.recipes import STUDIES, Federation, load, study
 from benchmarks.cold.sets import Split, read
 from benchmarks.cold.summary import summary, text
 from coldmerge.core.errors import ColdmergeError, ConfigError, ConflictError
@@ -87,12 +87,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     budget = None if options.budget is None else parse_duration(options.budget).total_seconds()
     split = read(options.data, options.seen, options.unseen)
+    _check_held(options.held, split)
     model = (options.model or minilm()).absolute()
     digest = digest_of(Checkpoint.open(model))
     outcome = Outcome(options.out)
     with _alone(outcome.folder), _pool() as pool:
         asked = Parts(
-            recipes=STUDIES[options.study],
+            recipes=study(options.study),
             baselines=BASELINES if options.study == "main" else (),
             protocols=options.protocols,
             seeds=options.seeds,
@@ -107,6 +108,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             plan = outcome.claim(replace(plan, model=whose))
         else:
             plan = _plan(asked, split, model, budget, pool, said, whose)
+            plan = replace(plan, settings={**plan.settings, "held": list(options.held)})
             outcome.claim(plan)
         bar = Bar()
         failed = _work(plan, split, model, digest, options, outcome, pool, bar)
@@ -179,6 +181,19 @@ def _settings(split: Split, model: Path, parts: Parts, data: Path) -> dict[str, 
     tune = {key: value for key, value in train.items() if key not in ("epochs", "max_examples")}
     ruler = {"max_length": train["max_length"], "test": TEST, "pool": POOL, "draws": DRAWS}
     return {"train": train, "ruler": ruler, "tune": tune, "tunes": TUNES, "parts": asdict(parts)}
+
+
+def _check_held(held: Sequence[str], split: Split) -> None:
+    known = [*_names(split.seen), *_names(split.unseen)]
+    unknown = [name for name in held if name not in known]
+    if unknown:
+        raise ConfigError(
+            "cold.held_not_measured",
+            f"The set {unknown[0]} is to be held out of a choice, and is not measured.",
+            expected=", ".join(known),
+            got=", ".join(unknown),
+            hint="Name seen or unseen sets in --held.",
+        )
 
 
 def _ruler(settings: dict[str, Any]) -> Any:
@@ -267,6 +282,7 @@ def _said(options: argparse.Namespace, split: Split) -> dict[str, Any]:
     return {
         **{name: getattr(options, name) for name in names},
         "protocols": list(options.protocols),
+        "held": list(options.held),
         "data": data,
     }
 
@@ -348,6 +364,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=_number(0), default=0, metavar="FIRST", help="the first of them")
     add("--budget", metavar="TIME", help="such as 15m: what does not fit is left out, and said")
     add("--cheap", action="store_true", help="top layers only, 200 examples: minutes")
+    add(
+        "--held",
+        type=_list,
+        default=(),
+        metavar="A,B",
+        help="sets that take no part in choosing the best recipe",
+    )
     add("--study", choices=STUDIES, default="main", help="recipes beside the mean")
     add(
         "--protocols",

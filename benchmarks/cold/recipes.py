@@ -15,25 +15,10 @@ FOLDER = Path(__file__).with_name("recipes")
 COMMON = "mean"
 """The recipe that all others override."""
 
-STUDIES: dict[str, tuple[str, ...]] = {
-    "main": (),
-    "mean": (),
-    "policies": (
-        "atm",
-        "nesterov",
-        "adam",
-        "ema",
-        "ties",
-        "breadcrumbs",
-        "iso-c",
-        "sam",
-        "partial",
-    ),
-    "cohort": ("cohort-2", "cohort-4", "cohort-16"),
-    "examples": ("examples-100", "examples-250", "examples-1000"),
-    "lora": ("lora",),
-}
-"""What is run beside the plain mean, by name of the study; `main` has baselines too."""
+STUDIES = ("main", "mean", "policies", "cohort", "examples", "lora", "coefficients")
+"""What can be run beside the plain mean: `main` has baselines, `mean` nothing, others recipes."""
+_SIZED = ("cohort", "examples", "lora", "coefficients")
+_SETTINGS = (COMMON, "cheap")
 
 ONESHOT: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.2},
@@ -42,6 +27,15 @@ ONESHOT: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"weight": 0.3},
 }
 """One-shot merges beside the mean, with parameters of the papers' order."""
+
+
+def study(name: str) -> tuple[str, ...]:
+    """The recipes of a study, by name: those called after it, for `policies` those of no other."""
+    there = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    by_study = {one: [stem for stem in there if stem.split("-")[0] == one] for one in _SIZED}
+    others = {stem for stems in by_study.values() for stem in stems} | set(_SETTINGS)
+    by_study["policies"] = [stem for stem in there if stem not in others]
+    return tuple(by_study.get(name, ()))
 
 
 def load(name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.cold.__main__ import main
 from benchmarks.cold.outcome import Outcome
 from benchmarks.cold.planning import BASELINES, PROTOCOLS, Parts, Sizes, Speed, choose, cost
-from benchmarks.cold.recipes import FOLDER, STUDIES, Federation, load
+from benchmarks.cold.recipes import STUDIES, Federation, load, study
 from benchmarks.cold.sets import draw, read, read_set
 from coldmerge.core.errors import ConfigError, DataError
 from coldmerge_simulation import SimulationConfig
@@ -150,11 +150,13 @@ def federation(tmp_path: Path) -> Federation:
 
 
 def test_every_recipe_is_a_simulation(tmp_path: Path) -> None:
-    named = [name for study in STUDIES.values() for name in study]
-    there = [name for name in named if (FOLDER / f"{name}.yaml").exists()]
-    assert {"cohort-2", "cohort-16", "examples-100"} <= set(there)
+    there = [recipe for name in STUDIES for recipe in study(name)]
+    assert {"sam", "ties", "lora", "cohort-2", "cohort-16", "examples-100"} <= set(there)
+    assert not {"mean", "cheap"} & set(there)
+    assert len(set(there)) == len(there)
     for name in there:
-        values = federation(tmp_path).simulation(name, 5)
+        eight = replace(federation(tmp_path), seen=tuple("abcdefgh"), counts=(900,) * 8)
+        values = eight.simulation(name, 5)
         found = SimulationConfig.parse(values)
         assert (found.seed, found.data.unseen) == (5, ())
     with pytest.raises(ConfigError, match=r"cold\.unknown_recipe"):
