@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from benchmarks import synthetic
 from benchmarks.flower_plain import Plain
 from benchmarks.memory import Sampler
 from coldmerge.cli.output import Format, print_rows
-from coldmerge.wire.calls import call
+from coldmerge.wire.calls import call, server_stream
 from coldmerge.wire.channel import local_channel
 from coldmerge.wire.v1 import (
     admin_pb2,
@@ -40,7 +41,7 @@ from coldmerge.wire.v1 import (
     rounds_pb2,
     rounds_pb2_grpc,
 )
-from tests.federation import Federation, environment, until
+from tests.federation import Federation, environment
 
 MODEL = "large"
 FLOWER, OURS = "flower", "coldmerge"
@@ -145,11 +146,11 @@ class Ours:
         started = time.monotonic()
         opened = call(admin.OpenRound, admin_pb2.OpenRoundRequest(model=MODEL)).id
 
-        def ended() -> common_pb2.Round | None:
-            found: common_pb2.Round = call(rounds.Get, rounds_pb2.GetRoundRequest(id=opened))
-            return found if found.state in _ENDED else None
-
-        found = until("the round to end", ended, PATIENCE, every=0.05)
+        watch = server_stream(
+            rounds.Watch, rounds_pb2.WatchRoundsRequest(model=MODEL), deadline=PATIENCE
+        )
+        with closing(watch):  # asking again and again would itself cost the coordinator time
+            found = next(seen for seen in watch if seen.id == opened and seen.state in _ENDED)
         published = time.monotonic() - started
         if found.state != common_pb2.Round.PUBLISHED:
             raise SystemExit(f"the round was not published: {found.reason}")

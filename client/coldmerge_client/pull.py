@@ -5,23 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.checkpoint_writer import CheckpointWriter
 from coldmerge.core.digests import Content
-from coldmerge.core.documents import FileEntry, TensorEntry
 from coldmerge.core.dtypes import blocks
 from coldmerge.core.errors import ColdmergeError, IntegrityError
-from coldmerge.core.files import PositionalFile
+from coldmerge.core.files import make_folder
 from coldmerge.core.progress import Counter, Progress, silent
 from coldmerge.core.release_file import RELEASE_FILE, render_release_file
 from coldmerge.wire.convert import signed_from_proto
 from coldmerge.wire.v1 import models_pb2
 from coldmerge_client import checkpoints
-from coldmerge_client.download import fetch
+from coldmerge_client.download import Ledger, Piece, fetch
 from coldmerge_client.files import exclusive, require_space
 from coldmerge_client.home import Home, Seen
 from coldmerge_client.session import Session
@@ -49,11 +48,7 @@ class _Source:
 
     folder: Path
     name: str
-
-
-class _DamagedError(Exception):
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    is_file: bool = False
 
 
 def pull(
@@ -142,112 +137,134 @@ def _assemble(
     folder: Path,
     progress: Progress,
 ) -> tuple[int, int]:
-    """Fetch and write; a local release that turns out damaged is left out and it starts over."""
-    damaged: set[Path] = set()
-    sizes = _sizes(content)
-    cache = session.home.cache / "blobs"
+    """Copy what local releases have and fetch the rest, each byte to where it stays.
+
+    The folder grows in the cache, and is kept there when this ends before it is whole.
+    """
     signed = signed_from_proto(release.record) if release.record.document else None
     key = session.home.keyring().signer_of(signed) if signed else None
     about = render_release_file(signed, key or session.member.signing_key, content)
     for left in (folder, *folder.parent.glob(f"{folder.name}.partial-*")):
         shutil.rmtree(left, ignore_errors=True)
-    while True:
-        local = _local_sources(session.home, model, damaged)
-        missing = {sha: size for sha, size in sizes.items() if sha not in local and size}
-        require_space(session.home.path, _needed(content, missing, cache), "this release")
-        fetch(session, missing, cache, Counter("download", sum(missing.values()), progress))
-        try:
-            _write(content, about, folder, local, cache, progress)
-        except _DamagedError as error:
-            damaged.add(error.folder)
-            continue
-        for sha in missing:
-            (cache / sha).unlink(missing_ok=True)
-        fetched = sum(missing.values())
-        return fetched, sum(sizes.values()) - fetched
-
-
-def _sizes(content: Content) -> dict[str, int]:
-    sizes = {entry.sha256: entry.nbytes for entry in content.tensors}
-    return sizes | {entry.sha256: entry.size for entry in content.files}
-
-
-def _needed(content: Content, missing: dict[str, int], cache: Path) -> int:
-    folder = sum(e.nbytes for e in content.tensors) + sum(e.size for e in content.files)
-    parts = (path for sha in missing for path in (cache / sha, cache / f"{sha}.part"))
-    there = sum(path.stat().st_size for path in parts if path.exists())
-    return folder + max(sum(missing.values()) - there, 0)
-
-
-def _write(
-    content: Content,
-    about: bytes,
-    folder: Path,
-    local: dict[str, _Source],
-    cache: Path,
-    progress: Progress,
-) -> None:
-    counter = Counter("write", sum(entry.nbytes for entry in content.tensors), progress)
-    opened: dict[Path, Checkpoint] = {}
+    nursery = _nursery(session.home, model, content.digest)
+    require_space(session.home.path, _needed(content, nursery), "this release")
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with CheckpointWriter(folder) as writer:
-        writer.declare(content.tensors)
+    lines = len(content.tensors) + len(content.files)
+    with (
+        Ledger(nursery / "ledger", lines) as ledger,
+        CheckpointWriter(folder, growing=nursery / "release") as writer,
+    ):
+        pieces = _declared(content, writer)
+        local = _local_sources(session.home, model)
+        missing = _copy(pieces, local, ledger, progress)
+        total = sum(piece.nbytes for piece in missing)
+        fetch(session, missing, ledger, Counter("download", total, progress))
+        _repeat(pieces, ledger)
         for entry in content.tensors:
-            source = local.get(entry.sha256)
-            digest = hashlib.sha256()
-            for block in _tensor_blocks(entry, source, cache, opened):
-                digest.update(block)
-                writer.write(entry.name, block)
-                counter.add(len(block))
-            if digest.hexdigest() != entry.sha256:
-                raise _damaged(source, cache / entry.sha256)
-        for file in content.files:
-            writer.write_file(file.path, _file_bytes(file, local.get(file.sha256), cache))
+            writer.written_elsewhere(entry.name)
         writer.write_file(RELEASE_FILE, about)
+    shutil.rmtree(nursery, ignore_errors=True)
+    return total, sum({piece.sha256: piece.nbytes for piece in pieces}.values()) - total
 
 
-def _tensor_blocks(
-    entry: TensorEntry, source: _Source | None, cache: Path, opened: dict[Path, Checkpoint]
-) -> Iterator[bytearray]:
-    if entry.nbytes == 0:
-        return
-    if source is None:
-        with PositionalFile(cache / entry.sha256) as file:
-            for start, stop in blocks(entry.nbytes, _BLOCK_BYTES):
-                yield file.read(start, stop)
-        return
-    try:
-        if source.folder not in opened:
-            opened[source.folder] = Checkpoint.open(source.folder)
-        for start, stop in blocks(entry.nbytes, _BLOCK_BYTES):
-            yield opened[source.folder].raw(source.name, start, stop)
-    except ColdmergeError as error:
-        raise _DamagedError(source.folder) from error
+def _nursery(home: Home, model: str, digest: str) -> Path:
+    """The folder in which a release grows; what other pulls of the model left goes."""
+    shutil.rmtree(home.cache / "blobs", ignore_errors=True)  # of clients up to 0.1
+    around = home.cache / "pull" / model
+    for left in around.iterdir() if around.is_dir() else ():
+        if left.name != digest:
+            shutil.rmtree(left, ignore_errors=True)
+    make_folder(around / digest)
+    return around / digest
 
 
-def _file_bytes(file: FileEntry, source: _Source | None, cache: Path) -> bytes:
-    if file.size == 0:
-        data = b""
-    elif source is None:
-        data = (cache / file.sha256).read_bytes()
-    else:
+def _needed(content: Content, nursery: Path) -> int:
+    folder = sum(e.nbytes for e in content.tensors) + sum(e.size for e in content.files)
+    files = (path for path in nursery.rglob("*") if path.is_file())
+    return max(0, folder - sum(512 * path.stat().st_blocks for path in files))
+
+
+def _declared(content: Content, writer: CheckpointWriter) -> list[Piece]:
+    """A place on the disk for every byte."""
+    writer.declare(content.tensors)
+    for file in content.files:
+        writer.declare_file(file.path, file.size)
+    whole = [(e.sha256, e.nbytes, writer.slots, e.name) for e in content.tensors]
+    whole += [(e.sha256, e.size, writer.files, e.path) for e in content.files]
+    return [Piece(*what, line) for line, what in enumerate(whole)]
+
+
+def _copy(
+    pieces: Sequence[Piece], local: Mapping[str, _Source], ledger: Ledger, progress: Progress
+) -> list[Piece]:
+    """Copy from local releases; what must be fetched, each content once.
+
+    What is damaged there must be fetched, too.
+    """
+    distinct = {piece.sha256: piece for piece in reversed(pieces) if piece.nbytes}
+    there = [piece for sha256, piece in distinct.items() if sha256 in local]
+    counter = Counter("write", sum(piece.nbytes for piece in there), progress)
+    opened: dict[Path, Checkpoint] = {}
+    for piece in there:
         try:
-            data = (source.folder / source.name).read_bytes()
-        except OSError as error:
-            raise _DamagedError(source.folder) from error
-    if hashlib.sha256(data).hexdigest() != file.sha256:
-        raise _damaged(source, cache / file.sha256)
-    return data
+            whole = _written(piece, _blocks(piece, local[piece.sha256], opened), counter)
+        except (ColdmergeError, FileNotFoundError):
+            whole = False
+        if whole:
+            ledger.note(piece, piece.nbytes)
+            del distinct[piece.sha256]
+    return list(distinct.values())
 
 
-def _damaged(source: _Source | None, cached: Path) -> Exception:
-    if source is not None:
-        return _DamagedError(source.folder)
-    cached.unlink(missing_ok=True)
+def _blocks(
+    piece: Piece, source: _Source, opened: dict[Path, Checkpoint]
+) -> Iterator[bytearray | bytes]:
+    if source.is_file:
+        yield (source.folder / source.name).read_bytes()
+        return
+    if source.folder not in opened:
+        opened[source.folder] = Checkpoint.open(source.folder)
+    for start, stop in blocks(piece.nbytes, _BLOCK_BYTES):
+        yield opened[source.folder].raw(source.name, start, stop)
+
+
+def _written(piece: Piece, found: Iterable[bytearray | bytes], counter: Counter) -> bool:
+    """Put `found` where the piece belongs: whether these are its bytes."""
+    digest, at = hashlib.sha256(), 0
+    for block in found:
+        if at + len(block) > piece.nbytes:
+            return False
+        digest.update(block)
+        piece.write(at, block)
+        at += len(block)
+        counter.add(len(block))
+    return digest.hexdigest() == piece.sha256
+
+
+def _repeat(pieces: Sequence[Piece], ledger: Ledger) -> None:
+    """Contents that are there more than once: from the first place to the others.
+
+    Raises:
+        IntegrityError: the first place changed on this disk meanwhile.
+    """
+    first: dict[str, Piece] = {}
+    for piece in pieces:
+        origin = first.setdefault(piece.sha256, piece)
+        if origin is piece or not piece.nbytes:
+            continue
+        counter = Counter("write", piece.nbytes, silent)
+        spans = blocks(piece.nbytes, _BLOCK_BYTES)
+        found = (origin.slots.read_at(origin.name, start, stop) for start, stop in spans)
+        if not _written(piece, found, counter):
+            ledger.note(origin, 0)
+            raise _damaged(piece)
+
+
+def _damaged(piece: Piece) -> IntegrityError:
     return IntegrityError(
         "pull.damaged_cache",
         "A downloaded tensor changed on this disk before it was used.",
-        expected=cached.name,
+        expected=piece.sha256,
         hint="It was removed: pull again; if it repeats, check the disk.",
     )
 
@@ -262,18 +279,18 @@ def _listing(folder: Path, digest: str | None = None) -> Content | None:
     return content if digest in (None, content.digest) else None
 
 
-def _local_sources(home: Home, model: str, damaged: set[Path]) -> dict[str, _Source]:
+def _local_sources(home: Home, model: str) -> dict[str, _Source]:
     """Where each sha256 that this machine already has can be copied from."""
     folders = [home.release(model, number) for number in home.local_releases(model)]
     if home.candidates(model).is_dir():
         folders += sorted(home.candidates(model).glob("?" * 64))
     found: dict[str, _Source] = {}
     for folder in folders:
-        content = _listing(folder) if folder not in damaged else None
+        content = _listing(folder)
         for entry in content.tensors if content else ():
             found[entry.sha256] = _Source(folder, entry.name)
         for file in content.files if content else ():
-            found[file.sha256] = _Source(folder, file.path)
+            found[file.sha256] = _Source(folder, file.path, is_file=True)
     return found
 
 

@@ -74,14 +74,25 @@ class Slots:
 
     def digest(self, name: str) -> str:
         """sha256 (hexadecimal) of a tensor, read back from the file."""
-        path, offset, spec = self.places[name]
+        return self.hashed(name, self.places[name][2].nbytes).hexdigest()
+
+    def hashed(self, name: str, nbytes: int) -> hashlib._Hash:
+        """The sha256 of a tensor's first `nbytes`, read back from the file; it can go on."""
+        path, offset, _ = self.places[name]
         found = hashlib.sha256()
-        buffer = bytearray(min(CHUNK_BYTES, spec.nbytes))
-        for start, stop in blocks(spec.nbytes, CHUNK_BYTES):
+        buffer = bytearray(min(CHUNK_BYTES, nbytes))
+        for start, stop in blocks(nbytes, CHUNK_BYTES):
             view = memoryview(buffer)[: stop - start]
             read_exactly(self._fd(path), view, offset + start, path)
             found.update(view)
-        return found.hexdigest()
+        return found
+
+    def read_at(self, name: str, start: int, stop: int) -> bytearray:
+        """The bytes [start, stop) of a tensor, read back from the file."""
+        path, offset, _ = self.places[name]
+        raw = bytearray(stop - start)
+        read_exactly(self._fd(path), memoryview(raw), offset + start, path)
+        return raw
 
     def _fd(self, path: Path) -> int:
         with self._lock:
@@ -104,23 +115,34 @@ class CheckpointWriter:
     """Context manager: the folder appears complete and durable on a clean exit, or not at all.
 
     Declare all tensors first, then append each one's bytes in order; tensors themselves
-    may come in any order.
+    may come in any order. `growing` is where the folder grows, on the same file system; after a
+    failure, or a kill, it is kept, and whoever names it again with the same tensors finds in the
+    slots what was written. Without it, it grows beside its place and a failure removes it.
     """
 
-    def __init__(self, folder: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        *,
+        growing: Path | None = None,
+    ) -> None:
         self.folder = Path(folder)
-        self._partial = partial_path(self.folder)
+        self._partial = growing or partial_path(self.folder)
+        self._kept = growing is not None
         self._max_shard_bytes = max_shard_bytes
         self.slots = Slots({})
+        self.files = Slots({})
         self._written: dict[str, int] = {}
         self._headers: dict[Path, bytes] = {}
 
     def __enter__(self) -> Self:
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise self._folder_exists()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        if not self._kept:
+            shutil.rmtree(self._partial, ignore_errors=True)
         try:
-            self._partial.mkdir(parents=True)
+            self._partial.mkdir(parents=True, exist_ok=self._kept)
         except OSError as error:
             raise_if_full(error)
             raise ConflictError(
@@ -169,15 +191,33 @@ class CheckpointWriter:
         specs = layout(sorted(shard, key=lambda e: (-NUMPY[e.dtype].itemsize, e.name)))
         header = render_header(specs, {"format": "pt"})
         path = self._partial / file
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
-        try:
-            preallocate(fd, len(header) + (specs[-1].stop if specs else 0))
-        finally:
-            os.close(fd)
+        self._reserve(path, len(header) + (specs[-1].stop if specs else 0))
         self._headers[path] = header
         for spec in specs:
             self.slots.places[spec.name] = (path, len(header) + spec.start, spec)
             self._written[spec.name] = 0
+
+    def _reserve(self, path: Path, nbytes: int) -> None:
+        """A file of that length: a new one, or the one that was kept."""
+        made = os.O_CREAT if self._kept else os.O_CREAT | os.O_EXCL
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | made)
+        try:
+            if os.fstat(fd).st_size > nbytes:
+                os.ftruncate(fd, nbytes)
+            preallocate(fd, nbytes)
+        finally:
+            os.close(fd)
+
+    def declare_file(self, relative: str, nbytes: int) -> None:
+        """Preallocate a file beside the weights, to be written through `files` by its path.
+
+        Raises:
+            ResourceError: the disk is too small.
+        """
+        path = self._partial / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._reserve(path, nbytes)
+        self.files.places[relative] = (path, 0, TensorSpec(relative, "U8", (nbytes,), 0, nbytes))
 
     def write(
         self, name: str, block: bytes | bytearray | memoryview | npt.NDArray[np.generic]
@@ -228,7 +268,9 @@ class CheckpointWriter:
                 self._commit()
         finally:
             self.slots.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self.files.close()
+            if not self._kept:
+                shutil.rmtree(self._partial, ignore_errors=True)
 
     def _commit(self) -> None:
         places = self.slots.places

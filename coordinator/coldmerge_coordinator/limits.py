@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TypeVar
 
+import grpc
+
 from coldmerge.core.errors import ResourceError, UnavailableError
 
 WINDOW = timedelta(minutes=1)
@@ -120,11 +122,14 @@ async def taken(write: Awaitable[None], seconds: float) -> None:
 
     Raises:
         UnavailableError: it took nothing for `seconds`.
+        CancelledError: it hung up this moment; gRPC cancels the call a moment later.
     """
     try:
         await asyncio.wait_for(write, seconds)
     except TimeoutError as error:
         raise _stalled(seconds) from error
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError from error
 
 
 def _stalled(seconds: float) -> UnavailableError:

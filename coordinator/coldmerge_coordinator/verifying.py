@@ -6,6 +6,7 @@ Reads a coordinator's folder, served or not, or one restored from a backup, and 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,15 @@ from coldmerge_coordinator.merging.works import Base, base_of, job_of, merged
 from coldmerge_coordinator.store import Store, continuous, keys, releases, rounds, states
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Contribution, Machine, Release, Round
+from coldmerge_coordinator.store.releases import Recipe
 
 Answer = Literal["exact", "within-tolerance", "inputs-erased", "different"]
 TOLERANCE = 1e-4
 """How far a merge by another processor or BLAS may be off: this share of the largest change that
 the release made to the tensor, and one unit in the last place of its largest weight."""
+
+ROUNDED_OTHERWISE = 1e-12
+"""By what share a discount may differ where it was worked out by another C library."""
 
 
 @dataclass
@@ -197,8 +202,19 @@ def _stale(session: Session, record: ReleaseRecord, inputs: list[Contribution]) 
         return
     policy = rounds.get_policy(row)
     said = {key: value for key, value in record.recipe.items() if key.startswith("continuous.")}
-    if said != continuous.recipe_of(session, row, policy, inputs):
+    if not _same(said, continuous.recipe_of(session, row, policy, inputs)):
         yield "the record discounts contributions otherwise than their manifests say they are stale"
+
+
+def _same(said: Recipe, due: Recipe) -> bool:
+    return said.keys() == due.keys() and all(_equal(value, due[key]) for key, value in said.items())
+
+
+def _equal(one: object, other: object) -> bool:
+    """A discount may be rounded otherwise: powers are, from one C library to another."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=ROUNDED_OTHERWISE)
+    return one == other
 
 
 def _is_signed(manifest: Signed, known: Iterable[bytes]) -> bool:

@@ -19,7 +19,7 @@ from coldmerge.core.errors import (
     UnavailableError,
 )
 from coldmerge.wire.v1 import admin_pb2, common_pb2
-from coldmerge_client.home import Seen
+from coldmerge_client.home import Home, Seen
 from coldmerge_client.prepare import Facts
 from coldmerge_client.pull import prune, pull, pull_candidate
 from coldmerge_client.push import push
@@ -276,7 +276,7 @@ def test_a_pull_resumes_in_another_process_run(
         pull(session, "m")
     assert time.monotonic() - began < 20
     assert not home.release("m", 0).exists()
-    there = sum(path.stat().st_size for path in (home.cache / "blobs").iterdir())
+    there = arrived(home)
     assert there > SIZE // 4
     line.once = False
     before = line.down
@@ -284,6 +284,52 @@ def test_a_pull_resumes_in_another_process_run(
         pulled = pull(session, "m")
     assert content_entries(Checkpoint.open(pulled.folder)).digest == pulled.digest
     assert line.down - before < SIZE - there + 2 * 2**20
+    assert not list((home.cache / "pull").rglob("*.safetensors"))
+
+
+def arrived(home: Home) -> int:
+    """Bytes that an unfinished pull has written down as arrived."""
+    (ledger,) = (home.cache / "pull").rglob("ledger")
+    return int(np.frombuffer(ledger.read_bytes(), "<u8").sum())
+
+
+def interrupted(home: Home, line: Relay) -> Path:
+    """Pull over a line that breaks in the middle: the file that was growing."""
+    line.cut_after(down=SIZE // 2)
+    line.once = True
+    with Session.open(home, timeout=1) as session, pytest.raises(UnavailableError):
+        pull(session, "m")
+    line.once = False
+    (growing,) = (home.cache / "pull").rglob("*.safetensors")
+    return growing
+
+
+def test_what_an_interrupted_pull_left_is_hashed_before_it_is_used(
+    large: Coordinator, line: Relay, tmp_path: Path
+) -> None:
+    home = through(large.join(tmp_path / "home"), line)
+    growing = interrupted(home, line)
+    there, before = arrived(home), line.down
+    growing.write_bytes(bytes(growing.stat().st_size))
+    with Session.open(home) as session:
+        pulled = pull(session, "m")
+    assert there > SIZE // 4
+    assert line.down - before > SIZE - 2**20
+    assert content_entries(Checkpoint.open(pulled.folder)).digest == pulled.digest
+
+
+def test_a_tensor_that_is_there_twice_is_fetched_once(
+    make_coordinator: Callable[..., Coordinator], tmp_path: Path
+) -> None:
+    tensors = base_tensors(2**20)
+    twice = {**tensors, "body.tied": tensors["body.large"].copy()}
+    made = make_coordinator(twice)
+    with Session.open(made.join(tmp_path / "home")) as session:
+        pulled = pull(session, "m")
+    checkpoint = Checkpoint.open(pulled.folder)
+    assert content_entries(checkpoint).digest == pulled.digest
+    assert pulled.downloaded < sum(array.nbytes for array in twice.values())
+    assert checkpoint.array("body.tied").tobytes() == tensors["body.large"].tobytes()
 
 
 def test_the_values_arrive_in_their_own_type(session: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from math import nextafter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from sqlalchemy import select
 
+from coldmerge.rounds.continuous import discount
 from coldmerge.rounds.policy import RoundTemplate
 from coldmerge.rounds.state import Abandon
 from coldmerge_coordinator.driver import Driver
@@ -147,11 +149,14 @@ def test_a_stale_task_vector_is_added_to_the_newest_master_for_less(
 
 
 def test_a_discount_that_the_manifests_do_not_warrant_is_found(
-    bench: Bench, driver: Driver
+    bench: Bench, driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh(bench, driver, 10)
     round_id = play(bench, driver, ("a", random(3), 1), ("c", random(4), 0))
     assert verify_release(bench.store, "m", None, bench.folder).answer == "exact"
+    with monkeypatch.context() as rounded_otherwise:
+        rounded_otherwise.setattr(continuous, "discount", lambda *of: nextafter(discount(*of), 0))
+        assert verify_release(bench.store, "m", None, bench.folder).answer == "exact"
     with bench.store.database.write() as session:
         row = session.get_one(Round, round_id)
         policy = {**row.policy, "continuous": {**row.policy["continuous"], "discount": 0.25}}

@@ -62,7 +62,7 @@ def write(data: bytes) -> Verdict:
     """A `WriteRequest` off the wire, for an upload called upload-1."""
     try:
         request = contributions_pb2.WriteRequest.FromString(data)
-        _check_chunk(request, cast(LiveUpload, _Upload))
+        _check_chunk(request.upload_id, request.chunk.data, cast(LiveUpload, _Upload))
     except (DecodeError, ManifestError):
         return Verdict.REFUSED
     demand(request.upload_id in ("", "upload-1") and len(request.chunk.data) <= 2**20, "a chunk")

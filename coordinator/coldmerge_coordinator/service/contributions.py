@@ -13,7 +13,7 @@ from sqlalchemy import select
 from coldmerge.core.errors import ManifestError
 from coldmerge.wire.channel import CHUNK_BYTES
 from coldmerge.wire.convert import signed_from_proto
-from coldmerge.wire.v1 import common_pb2, contributions_pb2, contributions_pb2_grpc
+from coldmerge.wire.v1 import contributions_pb2, contributions_pb2_grpc
 from coldmerge_coordinator.auth import Caller, caller
 from coldmerge_coordinator.limits import brisk
 from coldmerge_coordinator.service.backend import Backend
@@ -73,19 +73,19 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
                     live = await backend.bulk(partial(self._intake.find, who, request.upload_id))
                     await asyncio.to_thread(self._intake.check_admissible, live)
                     ticket = await backend.bulk(live.take)
-                _check_chunk(request, live)
+                offset, data = request.chunk.offset, request.chunk.data  # each look is a copy
+                _check_chunk(request.upload_id, data, live)
                 await watch.look(live)
-                chunk = request.chunk
-                await backend.bulk(partial(self._write, who, live, ticket, chunk))
+                await backend.bulk(partial(self._write, who, live, ticket, offset, data))
         finally:
             committed = 0
             if live is not None:
                 committed = await asyncio.shield(backend.bulk(live.flush))
         return contributions_pb2.WriteResponse(committed_size=committed)
 
-    def _write(self, who: Caller, live: LiveUpload, ticket: int, chunk: common_pb2.Chunk) -> None:
+    def _write(self, who: Caller, live: LiveUpload, ticket: int, offset: int, data: bytes) -> None:
         with self._refusals.logged(who, "Write"):
-            live.write(ticket, chunk.offset, chunk.data)
+            live.write(ticket, offset, data)
 
     async def QueryWriteStatus(
         self, request: contributions_pb2.QueryWriteStatusRequest, _context: Any
@@ -170,12 +170,12 @@ class _Watch:
         self._intake.check_admissible(live)
 
 
-def _check_chunk(request: contributions_pb2.WriteRequest, live: LiveUpload) -> None:
-    if request.upload_id not in ("", live.id) or len(request.chunk.data) > CHUNK_BYTES:
+def _check_chunk(upload: str, data: bytes, live: LiveUpload) -> None:
+    if upload not in ("", live.id) or len(data) > CHUNK_BYTES:
         raise ManifestError(
             "upload.bad_chunk",
             "A message of the stream is for another upload, or too large.",
             expected=f"upload {live.id}, at most {CHUNK_BYTES} bytes",
-            got=f"upload {request.upload_id[:80]}, {len(request.chunk.data)} bytes",
+            got=f"upload {upload[:80]}, {len(data)} bytes",
             hint="Send one upload per stream, in chunks of at most 1 MiB.",
         )

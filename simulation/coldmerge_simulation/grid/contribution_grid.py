@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from coldmerge.core.errors import ConflictError, DataError
+from coldmerge.core.errors import DataError
 from coldmerge.wire.v1 import common_pb2
 from coldmerge_simulation.flower import compat
 from coldmerge_simulation.grid.agreement import check_same, check_tensors, largest_difference
@@ -39,20 +39,23 @@ from coldmerge_simulation.grid.messages import (
     to_record,
 )
 from coldmerge_simulation.grid.rounds import (
+    ENDED,
     Arrays,
     Latest,
+    Overdue,
     Rounds,
     Standing,
+    goes_on,
     round_policy,
 )
 
 POLL_SECONDS = 0.2
 PATIENCE = 60.0
+MERGING = 3600.0
+"""Seconds that a merge may take, with its repetitions, before the grid waits no longer."""
 TTL = 43_200.0
 """Seconds for which a message is valid, and a round open, unless the strategy says otherwise."""
 _State = common_pb2.Round
-_ENDED = frozenset({_State.PUBLISHED, _State.REJECTED, _State.ABANDONED})
-
 _ANSWERS = frozenset({"ADMITTED", "QUARANTINED", "REFUSED"})
 """States of a contribution that nobody waits for any longer."""
 
@@ -74,7 +77,8 @@ class ContributionGrid(compat.Grid):
 
     `policy` replaces keys of the model's round template; the merge is `mean` weighted by
     examples unless it says otherwise, and must be what the strategy computes. `patience`:
-    seconds that a coordinator may be away. One ServerApp at a time; use it in a `with`.
+    seconds that a coordinator may be away; `merging`: seconds that a merge may take. One
+    ServerApp at a time; use it in a `with`.
 
     Raises:
         ConfigError: no coordinator in `folder`, or which model is not clear.
@@ -88,7 +92,9 @@ class ContributionGrid(compat.Grid):
         *,
         policy: Mapping[str, Any] | None = None,
         patience: float = PATIENCE,
+        merging: float = MERGING,
     ) -> None:
+        self._merging = merging
         self._rounds = Rounds(Path(folder), model, patience)
         self._policy = dict(policy or {})
         self._run = compat.Run.create_empty(run_id=1)
@@ -231,21 +237,17 @@ class ContributionGrid(compat.Grid):
         """Wait until the last round has ended: that round, or None if there was none.
 
         Raises:
-            ConflictError: it goes on after `timeout` seconds, or waits for an admin.
+            ConflictError: it goes on after `timeout` seconds, or waits for an admin; or its merge
+                does, after the `merging` seconds of this grid: a full disk, a worker that is away.
         """
         if self._last is None:
             return None
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (now := self._rounds.get(self._last)).state not in _ENDED:
-            if now.held or (deadline is not None and time.monotonic() > deadline):
-                raise ConflictError(
-                    "grid.round_goes_on",
-                    "The last round has not ended.",
-                    expected="PUBLISHED, REJECTED or ABANDONED",
-                    got=_State.State.Name(now.state) + (", held for an admin" if now.held else ""),
-                    hint=f"`coldmerge round show {now.id}`; an admin may decide or abandon it.",
-                    round=now.id,
-                )
+        begun = time.monotonic()
+        overdue = Overdue(self._merging)
+        while (now := self._rounds.get(self._last)).state not in ENDED:
+            late = timeout is not None and time.monotonic() - begun > timeout
+            if now.held or late or overdue.is_(now):
+                raise goes_on(now)
             time.sleep(POLL_SECONDS)
         return now
 
@@ -296,6 +298,7 @@ class ContributionGrid(compat.Grid):
         )
 
     def _train(self, asked: dict[str, compat.Message], arrays: Arrays) -> _Batch:
+        self._rounds.check_windowed(self._policy)
         self._check_start(arrays, self._rounds.latest())
         seconds = min(message.metadata.ttl for message in asked.values())
         opened = self._rounds.open(round_policy(self._policy, list(asked), seconds))
@@ -371,7 +374,7 @@ class ContributionGrid(compat.Grid):
         if batch.round_id is None:
             return refusals(asked, "no round was trained: there is no candidate to judge")
         now = self._rounds.get(batch.round_id)
-        if now.state not in {_State.CANDIDATE, *_ENDED}:
+        if now.state not in {_State.CANDIDATE, *ENDED}:
             return []
         if now.candidate_digest and batch.arrays and not now.left_out:
             self._check("candidate", batch.arrays, now.candidate_digest, f"{now.id}'s candidate")
@@ -382,7 +385,7 @@ class ContributionGrid(compat.Grid):
         for name, one in self._rounds.evaluations(now.id).items():
             if name in rest:
                 replies.append(reply(rest.pop(name), scores_of(one), {}))
-        if now.state in _ENDED:
+        if now.state in ENDED:
             replies += refusals(rest, f"did not judge before round {now.id} ended")
         return replies
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from coldmerge.core.dtypes import FLOATS, Floats32, blocks, size
 from coldmerge.core.errors import ConfigError, ConflictError, NotFoundError, UnavailableError
 from coldmerge.core.names import is_private
 from coldmerge.core.task_vector import TaskVector
+from coldmerge.rounds.policy import parse_template
 from coldmerge.screening.scaled import scaled
 from coldmerge.wire.calls import call
 from coldmerge.wire.channel import local_channel
@@ -36,6 +38,9 @@ from coldmerge.wire.v1 import (
 )
 from coldmerge_coordinator.servers import SOCKET
 from coldmerge_coordinator.store import Store, contributions, releases, rounds, screening
+
+_State = common_pb2.Round
+ENDED = frozenset({_State.PUBLISHED, _State.REJECTED, _State.ABANDONED})
 
 Arrays = dict[str, Floats32]
 """Float tensors that contributors improve together, by name, in their shapes."""
@@ -118,6 +123,29 @@ class Rounds:
             got=name,
             hint="Add one with `coldmerge model add`.",
         )
+
+    def check_windowed(self, policy: Mapping[str, Any]) -> None:
+        """A strategy's round is one that it opened: continuous ones open by themselves.
+
+        Raises:
+            ConfigError: `policy` or the model's template asks for continuous rounds.
+        """
+        with self.store.database.read() as session:
+            template = releases.get_model(session, self.model).template
+        asked = "policy" if policy.get("continuous") is not None else None
+        if parse_template(template, f"of model {self.model}").continuous is not None:
+            asked = "the model's template"
+        if asked is not None:
+            raise ConfigError(
+                "grid.continuous",
+                "Continuous rounds cannot be driven by a strategy: the coordinator opens them, "
+                "for everybody, and they take task vectors on older releases.",
+                expected="no `continuous`",
+                got=f"`continuous` in {asked}",
+                hint=f"`coldmerge model template {self.model}` sets a template without it; or "
+                "leave the rounds to the coordinator, without a ServerApp.",
+                model=self.model,
+            )
 
     def _call(self, method: str, request: object) -> Any:
         """Ask over the admin's socket.
@@ -262,6 +290,36 @@ class Rounds:
         with self.store.database.read() as session:
             rows = rounds.evaluations_of(session, rounds.get(session, round_id))
             return {row.contributor: Evaluation.parse(row.document) for row in rows}
+
+
+class Overdue:
+    """Notices a round that the coordinator should have moved on by now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since = time.monotonic()
+
+    def is_(self, now: common_pb2.Round) -> bool:
+        """Whether it is being merged for too long. A gate has its window, and an open round a
+        deadline of its own.
+        """
+        if now.state not in {_State.SEALED, _State.MERGING}:
+            self._since = time.monotonic()
+        return time.monotonic() - self._since > self._seconds
+
+
+def goes_on(now: common_pb2.Round) -> ConflictError:
+    """The error of who does not wait any longer for a round to end."""
+    held = ", held for an admin" if now.held else ""
+    return ConflictError(
+        "grid.round_goes_on",
+        "The last round has not ended.",
+        expected="PUBLISHED, REJECTED or ABANDONED",
+        got=_State.State.Name(now.state) + held + (f": {now.reason}" if now.reason else ""),
+        hint=f"`coldmerge round show {now.id}`; see that the coordinator's worker runs and has "
+        "disk; an admin may decide or abandon the round.",
+        round=now.id,
+    )
 
 
 def _no_beat() -> None:

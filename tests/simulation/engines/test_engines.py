@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from coldmerge.core.errors import ConfigError, UnavailableError
@@ -43,6 +45,24 @@ def test_a_cluster_that_does_not_answer_is_an_error(
     monkeypatch.setenv("RAY_ADDRESS", "not an address")
     with pytest.raises(ConfigError, match=r"simulation\.bad_cluster"):
         simulate(settings(), engine="ray", out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+def test_a_port_that_is_no_ray_is_an_error(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    monkeypatch.setattr(ray, "ANSWER_SECONDS", 1.0)
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"{prefix}127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match="no word of Ray's"):
+            ray.check_cluster(address)
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(UnavailableError, match="another gRPC service"):
+            ray.check_cluster(f"{prefix}127.0.0.1:{port}")
+    finally:
+        server.stop(None).wait()
 
 
 def test_a_superlink_that_does_not_answer_is_an_error(

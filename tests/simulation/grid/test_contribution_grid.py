@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,15 +24,17 @@ from coldmerge.core.errors import (
     UnavailableError,
 )
 from coldmerge.demo import digits
+from coldmerge.wire.v1 import common_pb2
 from coldmerge_coordinator.store import contributions
 from coldmerge_coordinator.store.models import Round
 from coldmerge_simulation.flower import compat
 from coldmerge_simulation.grid.contribution_grid import ContributionGrid
 from coldmerge_simulation.grid.rounds import node_of
-from tests.federation import Federation, Org
+from tests.federation import Federation, Hub, Org
 from tests.support import until
 
 MODEL = "digits"
+State = common_pb2.Round
 TIMEOUT = 120.0
 ROUNDINGS = 2.5
 """Half a unit for each of FedAvg's three products and two sums in float32. Ours are in float64."""
@@ -363,3 +367,67 @@ def test_a_folder_without_a_coordinator_and_a_model_that_is_not_there(
     with pytest.raises(NotFoundError) as caught:
         ContributionGrid(federation.hub.folder, "other")
     assert caught.value.code == "model.unknown"
+
+
+def test_continuous_rounds_are_not_driven(federation: Federation, short_folder: Path) -> None:
+    """The coordinator opens them by itself, for everybody."""
+    hub, rules = federation.hub, short_folder / "rules.yaml"
+    with (
+        ContributionGrid(hub.folder, policy={"continuous": {}}) as grid,
+        pytest.raises(ConfigError, match=r"grid\.continuous") as asked,
+    ):
+        train_on(grid, weights(grid.arrays()))
+    rules.write_text("continuous: {pause: 1d}\ngate: null\n")
+    try:
+        hub.cli("model", "template", MODEL, rules, "--dir", hub.folder)
+        with (
+            ContributionGrid(hub.folder) as grid,
+            pytest.raises(ConfigError, match=r"grid\.continuous") as template,
+        ):
+            train_on(grid, weights(grid.arrays()))
+    finally:
+        rules.write_text("gate: null\n")
+        hub.cli("model", "template", MODEL, rules, "--dir", hub.folder)
+        until("no continuous round", partial(abandoned, hub))
+    assert (asked.value.got, template.value.got) == (
+        "`continuous` in policy",
+        "`continuous` in the model's template",
+    )
+
+
+def abandoned(hub: Hub) -> bool:
+    """Whether no round is open any more; one that is, is abandoned."""
+    found = [row["round"] for row in hub.rounds(MODEL) if row["state"] == "OPEN"]
+    for round_id in found:
+        hub.cli("round", "abandon", round_id, "--reason", "the test is over", check=False)
+    return not found
+
+
+def worker_of(hub: Hub) -> int:
+    """The coordinator's only child."""
+    assert hub.process is not None
+    here = hub.process.pid
+    threads = Path(f"/proc/{here}/task").iterdir()
+    (worker,) = {int(n) for each in threads for n in (each / "children").read_text().split()}
+    return worker
+
+
+def test_a_merge_that_does_not_end_is_an_error_and_not_waited_for(federation: Federation) -> None:
+    hub = federation.hub
+    worker = worker_of(hub)
+    loops = [contribute(org, 1) for org in federation.orgs]
+    with ContributionGrid(hub.folder, policy={"gate": None}, merging=0.5) as grid:
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            arrays = weights(grid.arrays())
+            train_on(grid, arrays)
+            ids = [m.metadata.message_id for b in grid._batches for m in b.asked.values()]
+            until("the round to be sealed", lambda: grid.pull_messages(ids) or None)
+            with pytest.raises(ConflictError, match=r"grid\.round_goes_on") as caught:
+                train_on(grid, arrays)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert "worker" in caught.value.hint
+        until("the release", lambda: grid._rounds.get(grid._last or "").state == State.PUBLISHED)
+    for org, loop in zip(federation.orgs, loops, strict=True):
+        org.finish(loop)
