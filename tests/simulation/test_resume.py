@@ -42,21 +42,23 @@ def contributions(run: Path) -> int:
         return 0
 
 
-def killed_and_resumed(tmp_path: Path, engine: str, after: int) -> tuple[list[str], list[str]]:
+def killed_and_resumed(
+    tmp_path: Path, engine: str, after: int, *, count: int = ROUNDS, patience: float = 400
+) -> tuple[list[str], list[str]]:
     """Digests of a run that was killed after so many contributions, and of one that was not."""
-    values = settings(rounds=ROUNDS, train={"epochs": 2})
+    values = settings(rounds=count, train={"epochs": 2})
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(json.dumps(values))
     process = start(config, run, engine)
-    until("contributions", lambda: contributions(run) >= after, patience=400)
+    until("contributions", lambda: contributions(run) >= after, patience=patience)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert len((run / "rounds.jsonl").read_text().splitlines()) < ROUNDS
+    assert len((run / "rounds.jsonl").read_text().splitlines()) < count
     again = start(config, run, engine)
-    assert again.wait(400) == 0
+    assert again.wait(patience) == 0
     whole = simulate(values, out=tmp_path / "whole")
     resumed = json.loads((run / "result.json").read_text())
-    assert [line["round"] for line in resumed["rounds"]] == [1, 2, 3]
+    assert [line["round"] for line in resumed["rounds"]] == [*range(1, count + 1)]
     assert all(
         line["accepted"] == whole.values["rounds"][0]["accepted"] for line in resumed["rounds"]
     )
@@ -71,6 +73,13 @@ def test_local_killed_within_a_round(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ray_killed_within_a_round(tmp_path: Path) -> None:
     resumed, whole = killed_and_resumed(tmp_path, "ray", after=6)
+    assert resumed == whole
+
+
+@pytest.mark.slow
+def test_a_federation_killed_within_a_round(tmp_path: Path) -> None:
+    """With the SuperLink and the SuperNodes, which end with it."""
+    resumed, whole = killed_and_resumed(tmp_path, "federation", after=5, count=2, patience=900)
     assert resumed == whole
 
 

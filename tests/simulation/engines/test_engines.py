@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -16,7 +17,12 @@ import pytest
 
 from coldmerge.core.errors import ConfigError, UnavailableError
 from coldmerge_simulation import simulate
+from coldmerge_simulation.contributors import client_app
+from coldmerge_simulation.coordinator import server_app
 from coldmerge_simulation.engines import ray, superlink
+from coldmerge_simulation.engines.local_grid import LocalGrid
+from coldmerge_simulation.engines.processes import Programs, answers
+from coldmerge_simulation.flower import compat
 from coldmerge_simulation.flower.compat import OFFLINE
 from coldmerge_simulation.folder import RunFolder
 from tests.simulation.settings import digests, settings
@@ -86,7 +92,48 @@ def test_a_federation_with_tls_and_node_keys_agrees(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run" / "nodes").glob("*/*")} == {"models", "outbox"}
 
 
-SAMPLES = Path(__file__).parents[3] / "deploy" / "flower"
+ROOT = Path(__file__).parents[3]
+
+
+def test_an_app_without_a_run_makes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `flwr run .` starts, here on the grid in this process."""
+    values, out = settings(rounds=1), tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    said: dict[str, bool | float | int | str] = {
+        **tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"],
+        "config": str(tmp_path / "config.yaml"),
+        "out": str(out),
+    }
+    grid = LocalGrid(client_app.app, 2)
+    with grid.running():
+        server_app.main(grid, compat.context(7, run_config=said))
+    result = json.loads((out / "result.json").read_text())
+    local = simulate(values, out=tmp_path / "local")
+    assert [row["digest"] for row in result["releases"]] == digests(local)
+    assert f"The run's folder is {out}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_flwr_run_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (port,) = free_ports(1)
+    home = superlink.write_connection(RunFolder(tmp_path), f"127.0.0.1:{port}")
+    with Programs(home / "logs", {"FLWR_HOME": str(home)}) as programs:
+        server = programs.start(
+            "superlink",
+            "flower-superlink",
+            *("--insecure", "--simulation", "--disable-runtime-dependency-installation"),
+            *("--host", "127.0.0.1", "--port", str(port)),
+        )
+        programs.until("opened its port", lambda: answers("127.0.0.1", port), server, 300)
+        config = f'rounds=1 contributors=4 out="{tmp_path / "run"}"'
+        run = programs.start("run", "flwr", "run", ROOT, "--stream", "--run-config", config)
+        told = programs.finish(run, 600)
+    assert "Release 1 (" in told
+    assert len(json.loads((tmp_path / "run" / "result.json").read_text())["releases"]) == 2
+
+
+SAMPLES = ROOT / "deploy" / "flower"
 
 
 @pytest.mark.parametrize("name", ["superlink", "supernode"])
