@@ -78,14 +78,15 @@ def _config(said: Mapping[str, object]) -> SimulationConfig:
 
 
 def printed() -> Progress:
-    """Progress for who reads the log: a line for each step."""
+    """Progress for who reads the log: a line when a step begins, and when it is done."""
     last = ""
 
-    def progress(step: str, _done: int, _total: int) -> None:
+    def progress(step: str, done: int, total: int) -> None:
         nonlocal last
-        if step != last:
-            last = step
-            print(step, flush=True)
+        line = f"{step}: {done} of {total}"
+        if line != last and (done == total or not last.startswith(step)):
+            last = line
+            print(line, flush=True)
 
     return progress
 
