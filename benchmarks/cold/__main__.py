@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     _check_held(options.held, split)
     model = (options.model or minilm()).absolute()
     digest = digest_of(Checkpoint.open(model))
-    outcome = Outcome(options.out)
+    outcome, bar = Outcome(options.out), Bar()
     with _alone(outcome.folder), _pool() as pool:
         asked = Parts(
             recipes=study(options.study),
@@ -107,10 +107,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             plan = replace(kept, options=said, seen=_names(split.seen), unseen=_names(split.unseen))
             plan = outcome.claim(replace(plan, model=whose))
         else:
+            bar.show(["how fast this machine is"])
             plan = _plan(asked, split, model, budget, pool, said, whose)
             plan = replace(plan, settings={**plan.settings, "held": list(options.held)})
             outcome.claim(plan)
-        bar = Bar()
         failed = _work(plan, split, model, digest, options, outcome, pool, bar)
         bar.end()
     found = {**summary(outcome, failed), **report.result(outcome.folder)}
