@@ -69,7 +69,14 @@ Kind = Literal["full", "lora"]
 Statistic = Literal["fisher", "gram", "trim"]
 """What a contributor may ship about a tensor beside its delta: see `coldmerge.core.statistics`."""
 LEAVE_ONE_OUT: Literal["leave_one_out"] = "leave_one_out"
-"""Consent to candidates from which one's own task vector can be computed."""
+"""Consent to candidates from which one's own task vector can be computed, to find a bad update."""
+LEARN_COEFFICIENTS: Literal["learn_coefficients"] = "learn_coefficients"
+"""The same consent, to learn what one's own task vector is to be multiplied by."""
+Consent = Literal["leave_one_out", "learn_coefficients"]
+Mean = Literal["base_loss", "candidate_loss", "base_entropy", "candidate_entropy"]
+"""Means over an evaluator's validation examples: see `Evaluation.means`."""
+LARGEST_MEAN = 1e4
+"""In nats an example: far beyond what any model loses."""
 
 
 class Document(BaseModel):
@@ -228,7 +235,7 @@ class Manifest(Document):
     norm: float = Field(ge=0)
     metrics: Metrics = Field(default_factory=dict)
     training: Metrics = Field(default_factory=dict)
-    consents: tuple[Literal["leave_one_out"], ...] = Field(default=(), max_length=1)
+    consents: tuple[Consent, ...] = Field(default=(), max_length=2)
 
     @property
     def payload_bytes(self) -> int:
@@ -278,10 +285,13 @@ class Evaluation(Document):
     """A contributor's paired comparison of a candidate with its base (McNemar's counts).
 
     `gained`: items only the candidate got right; `lost`: items only the base got right.
+    `means`, where the round asks for them: the mean loss of the probe, or the mean entropy of
+    its predictions, in nats an item.
     """
 
     schema_name = "coldmerge.evaluation/1"
     max_bytes = 2**16
+    later = frozenset({"means"})
 
     federation: Identifier
     model: Identifier
@@ -295,6 +305,10 @@ class Evaluation(Document):
     gained: int = Field(ge=0)
     lost: int = Field(ge=0)
     probe_seed: int = Field(ge=0)
+    means: Annotated[
+        dict[Mean, Annotated[float, Field(ge=0, le=LARGEST_MEAN)]],
+        _at_most(4),
+    ] = Field(default_factory=dict)
     created_at: AwareDatetime
 
 

@@ -5,21 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 
-from coldmerge.rounds import isolation
+from coldmerge.rounds import isolation, learning
 from coldmerge.rounds.gate import Verdict, decide
 from coldmerge.rounds.isolation import Rules, Trial
-from coldmerge.rounds.view import Notify, Outcome, RoundView, State, published, rejected
+from coldmerge.rounds.view import (
+    Notify,
+    Outcome,
+    RoundView,
+    back_to_sealed,
+    published,
+    rejected,
+)
 
 
 def judge(view: RoundView, now: datetime) -> Outcome:
-    """Ask the gate about the candidate at hand, which may be that of a trial."""
+    """Ask the gate about the candidate at hand, which may be that of a trial; or measure a probe."""
+    if view.probing:
+        return learning.measure(view, now)
     gate = view.policy.gate
     if gate is None or view.evaluation_closes_at is None:
         return view, ()
     decision = decide(view.evaluations, gate, now, view.evaluation_closes_at, view.evaluators)
     why = "; ".join(decision.reasons)
     if decision.verdict is Verdict.PUBLISH:
-        return tried(view, passed=True, why=why) if view.trial else published(view, (), why)
+        return tried(view, passed=True, why=why) if view.left_out else published(view, (), why)
     if decision.verdict is Verdict.PUBLISH_FLAGGED:
         return published(view, ("unchecked",), why)
     if decision.verdict is Verdict.REJECT:
@@ -47,20 +56,7 @@ def tried(view: RoundView, *, passed: bool, why: str) -> Outcome:
         return _ended(noted, why)
     number = view.trial + 1
     text = f"trial {number} leaves {len(group)} of {len(view.contributors)} out; before it: {why}"
-    again = replace(
-        noted,
-        state=State.SEALED,
-        trial=number,
-        left_out=group,
-        evaluations=(),
-        candidate_digest=None,
-        candidate_master=None,
-        candidate_state=None,
-        evaluation_closes_at=None,
-        held=False,
-        reason=text,
-        merge_attempts=0,
-    )
+    again = replace(back_to_sealed(noted, text), trial=number, left_out=group)
     return again, (Notify("round.isolating", text),)
 
 
@@ -97,6 +93,6 @@ def _ended(view: RoundView, why: str) -> Outcome:
             candidate_state=found.state,
         )
         return published(kept, (), f"without {len(found.left_out)} of {count}: {found.reason}")
-    if view.trial:
+    if view.left_out:
         why = f"no group that may be left out is enough, in {view.trial} trials; the last: {why}"
     return rejected(view, why)

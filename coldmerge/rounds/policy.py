@@ -129,18 +129,57 @@ class GatePolicy(_Frozen):
     isolate_singles: bool = False
 
 
+class CoefficientsPolicy(_Frozen):
+    """Weights of the inputs that are learned: contributors judge probes, each by one number.
+
+    A probe is a candidate with other coefficients, between `lower` and `upper`, from `initial`
+    on; at most `probes` of them are made, by `method` (see `coldmerge.rounds.descent`), `step` of
+    the range apart. Contributors report the `objective` of each on their own validation data
+    within `window`; fewer than `min_evaluators` end the search with the best that was measured.
+    One evaluator's changes count for at most `clip` times the median evaluator's.
+
+    A coefficient is of a task vector, or (`granularity: layer`) of each layer of it. Contributors
+    who did not consent to coefficients of their own share them with others: see
+    `coldmerge.rounds.coefficients.atoms`; `least` are in such a group.
+    """
+
+    method: Literal["quadratic", "spsa", "fork"] = "quadratic"
+    objective: Literal["loss", "entropy", "accuracy"] = "loss"
+    granularity: Literal["task", "layer"] = "task"
+    probes: int = Field(default=24, ge=2, le=1000)
+    initial: float = Field(default=0.3, ge=-100, le=100)
+    lower: float = Field(default=0.0, ge=-100, le=100)
+    upper: float = Field(default=1.0, ge=-100, le=100)
+    step: float = Field(default=0.2, gt=0, le=0.5)
+    branches: Literal["each", "without"] = "each"
+    window: Duration = timedelta(minutes=10)
+    min_evaluators: int = Field(default=1, ge=1, le=10_000)
+    clip: float = Field(default=3.0, ge=1, le=1000)
+    least: int = Field(default=2, ge=2, le=1000)
+
+    @model_validator(mode="after")
+    def _starts_inside(self) -> Self:
+        if not self.lower < self.upper:
+            raise ValueError("upper must be above lower")
+        if not self.lower <= self.initial <= self.upper:
+            raise ValueError("initial must lie between lower and upper")
+        return self
+
+
 class MergePolicy(_Frozen):
     """How the contributions become one task vector, and what it does to the weights.
 
     `parameters` are the method's own, `outer` the outer optimizer's with its `method`; both
     are checked by whoever opens the round, who knows the methods. What the method needs to
     know about the contributors' data is asked of them: see `coldmerge.rounds.statistics`.
+    With `coefficients` the weights of the inputs are learned.
     """
 
     method: str = Field(default="mean", pattern=f"^{_METHOD.pattern}$")
     weights: Literal["uniform", "examples"] = "uniform"
     parameters: Parameters = Field(default={}, max_length=64)
     outer: Parameters = Field(default={"method": "none"}, max_length=16)
+    coefficients: CoefficientsPolicy | None = None
 
     @field_validator("outer")
     @classmethod
@@ -199,6 +238,16 @@ class RoundPolicy(_Frozen):
             raise ValueError("max_contributions is below min_contributions")
         if self.contributors is not None and len(set(self.contributors)) < self.min_contributions:
             raise ValueError("contributors names fewer than min_contributions")
+        return self
+
+    @model_validator(mode="after")
+    def _one_search(self) -> Self:
+        learns = self.merge.coefficients is not None
+        if learns and self.gate is not None and self.gate.on_reject == "isolate":
+            raise ValueError(
+                "merge.coefficients and gate.on_reject: isolate would together show more than "
+                "either: leave one out"
+            )
         return self
 
     @model_validator(mode="after")

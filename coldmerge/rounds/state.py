@@ -3,7 +3,8 @@
     OPEN → SEALED → MERGING → CANDIDATE → PUBLISHED | REJECTED
 
 and ABANDONED from any state before the last two. A rejected candidate may send the round back
-to SEALED, to try one without some of the inputs: see `coldmerge.rounds.judging`.
+to SEALED, to try one without some of the inputs: see `coldmerge.rounds.judging`. Before that a
+candidate may be a probe, that sends it back as soon as it is measured: `coldmerge.rounds.learning`.
 
 The database applies what comes out by compare-and-set, so two processes that see the same
 round cannot both move it.
@@ -18,6 +19,7 @@ from typing import Any
 
 from coldmerge.core.errors import ConflictError
 from coldmerge.rounds.judging import judge, tried
+from coldmerge.rounds.learning import give_up
 from coldmerge.rounds.policy import RoundPolicy, format_duration
 from coldmerge.rounds.view import (
     Effect,
@@ -254,7 +256,9 @@ def _merge_failed(view: RoundView, event: MergeFailed, _now: datetime) -> Outcom
     reason = f"merge attempt {attempts} of {MAX_MERGE_ATTEMPTS} failed: {event.error}"
     again = replace(view, state=State.SEALED, merge_attempts=attempts, reason=reason)
     if attempts >= MAX_MERGE_ATTEMPTS:
-        return tried(again, passed=False, why=reason) if view.trial else abandoned(again, reason)
+        if view.left_out:
+            return tried(again, passed=False, why=reason)
+        return give_up(again, reason) if view.probing else abandoned(again, reason)
     return again, (Notify("round.stuck", reason),)
 
 
@@ -267,6 +271,9 @@ def _merge_done(view: RoundView, event: MergeDone, now: datetime) -> Outcome:
         candidate_state=event.candidate_state,
         reason=event.note,
     )
+    learns = view.policy.merge.coefficients
+    if view.probing and learns is not None:
+        return replace(candidate, evaluation_closes_at=now + learns.window), ()
     gate = view.policy.gate
     if gate is None:
         return published(candidate, ("ungated",), "the round has no gate")

@@ -7,6 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from coldmerge.core.documents import Evaluation
+from coldmerge.rounds.coefficients import Search
 from coldmerge.rounds.isolation import Trial
 from coldmerge.rounds.policy import RoundPolicy
 
@@ -39,7 +40,8 @@ class RoundView:
     one of each contributor. `evaluators`: whose evaluation the gate waits for: the
     contributors, less those that were revoked since. `consenting`: who agreed to be left out
     of a trial alone. `left_out`: whom the candidate of `trial` at hand leaves out, after the
-    `trials` before it; see `coldmerge.rounds.isolation`.
+    `trials` before it; see `coldmerge.rounds.isolation`. `search`: where the round, once it is
+    sealed, stands in learning its coefficients; see `coldmerge.rounds.coefficients`.
     """
 
     id: str
@@ -63,11 +65,17 @@ class RoundView:
     trial: int = 0
     left_out: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
+    search: Search | None = None
 
     @property
     def contributions(self) -> int:
         """How many contributions are admitted."""
         return len(self.contributors)
+
+    @property
+    def probing(self) -> bool:
+        """Whether the candidate at hand is a probe: measured, and not judged by the gate."""
+        return self.search is not None and not self.search.done
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,22 @@ class Notify:
 
 Effect = FreezeInputs | Publish | Notify
 Outcome = tuple[RoundView, tuple[Effect, ...]]
+
+
+def back_to_sealed(view: RoundView, why: str) -> RoundView:
+    """The round without the candidate at hand: another one is to be merged."""
+    return replace(
+        view,
+        state=State.SEALED,
+        evaluations=(),
+        candidate_digest=None,
+        candidate_master=None,
+        candidate_state=None,
+        evaluation_closes_at=None,
+        held=False,
+        reason=why,
+        merge_attempts=0,
+    )
 
 
 def published(view: RoundView, flags: tuple[str, ...], why: str) -> Outcome:

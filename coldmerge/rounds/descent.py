@@ -1,0 +1,184 @@
+"""How merge coefficients are searched with nothing but values: which point is measured next.
+
+Each search is a generator: it yields the points that it wants measured, is sent the value of
+each (smaller is better), and ends when it has no more questions. Whoever replays the values
+comes to the same points, so a search is resumed from what was measured. Points are rounded, so
+that they are the same wherever they are computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+Point = tuple[float, ...]
+Steps = Generator[Point, float, None]
+
+DIGITS = 6
+"""Decimals of a coefficient."""
+
+MOMENTUM, SCALE = 0.8, 0.95
+"""How slowly the two averages of SPSA's gradients forget (Adam's β₁ and β₂)."""
+
+DECAY = 0.101
+"""How fast SPSA's perturbations shrink, as Spall (1998) advises."""
+
+SHARES = (0.25, 0.5, 0.75)
+"""What a further branch of ForkMerge is tried with."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """Where points lie: `start`, in the cube from `lower` to `upper`; `step` is a length.
+
+    `budget`: how many points may be measured. `seed` decides what is random.
+    """
+
+    start: Point
+    lower: float
+    upper: float
+    step: float
+    budget: int
+    seed: int = 0
+
+    def inside(self, values: Sequence[float]) -> Point:
+        """The nearest point of the cube, rounded."""
+        return tuple(round(min(max(v, self.lower), self.upper), DIGITS) for v in values)
+
+
+def quadratic(box: Box) -> Steps:
+    """A parabola along each axis through three values; then to the lowest point of all of them.
+
+    A sweep measures two points on each axis, and the point that the parabolas promise, no
+    further than two steps away. The best of them is the next centre. The steps halve where a
+    sweep finds nothing better, and nearly so where it does. When the budget is too small for all
+    axes, the next sweep takes up where the last one ended.
+    """
+    centre, step, left = box.start, box.step, box.budget - 1
+    value = yield centre
+    order = _shuffled(box)
+    while left >= 3:
+        axes = order[: (left - 1) // 2]
+        order = order[len(axes) :] + axes
+        measured = [(value, centre)]
+        promised = list(centre)
+        for axis in axes:
+            sides = [(centre[axis], value)]
+            for offset in (-step, step):
+                side = box.inside(_moved(centre, axis, offset))
+                if side == centre:
+                    continue
+                sides.append((side[axis], (yield side)))
+                measured.append((sides[-1][1], side))
+                left -= 1
+            promised[axis] = _lowest(sides, centre[axis], 2 * step)
+        target = box.inside(promised)
+        if target != centre:
+            measured.append(((yield target), target))
+            left -= 1
+        best, at = min(measured, key=lambda one: one[0])
+        step *= 0.7 if best < value else 0.5
+        value, centre = best, at
+
+
+def spsa(box: Box) -> Steps:
+    """Simultaneous perturbation (Spall 1998) under Adam: two values a step, however many axes.
+
+    All coordinates are moved at once, up or down at random, and back; the difference of the two
+    values says where to go. The last point measured is where the steps have led.
+    """
+    point, count = box.start, len(box.start)
+    first, second = [0.0] * count, [0.0] * count
+    yield point
+    steps = max(1, (box.budget - 2) // 2)
+    for number in range(steps):
+        size = box.step / (number + 1) ** DECAY
+        signs = _signs(box.seed, number, count)
+        high = box.inside([p + size * s for p, s in zip(point, signs, strict=True)])
+        low = box.inside([p - size * s for p, s in zip(point, signs, strict=True)])
+        rise = (yield high) - (yield low)
+        length = box.step * (1 - number / (steps + 1))
+        moved = []
+        for i, (above, below) in enumerate(zip(high, low, strict=True)):
+            slope = rise / (above - below) if above != below else 0.0
+            first[i] = MOMENTUM * first[i] + (1 - MOMENTUM) * slope
+            second[i] = SCALE * second[i] + (1 - SCALE) * slope * slope
+            mean = first[i] / (1 - MOMENTUM ** (number + 1))
+            spread = math.sqrt(second[i] / (1 - SCALE ** (number + 1)))
+            moved.append(point[i] - (length * mean / spread if spread else 0.0))
+        point = box.inside(moved)
+    yield point
+
+
+def fork(box: Box, branches: Sequence[Point]) -> Steps:
+    """ForkMerge (arXiv 2301.12618): branches, and a greedy mixture of them from the best on.
+
+    The start and each branch are measured; then each further branch, in the order of its value,
+    is mixed in with the share that measures best, or not at all.
+    """
+    left = box.budget
+    measured: list[tuple[float, Point]] = []
+    for branch in dict.fromkeys((box.start, *map(box.inside, branches))):
+        if left < 1:
+            return
+        measured.append(((yield branch), branch))
+        left -= 1
+    measured.sort(key=lambda one: one[0])
+    value, mixed = measured[0]
+    for _, branch in measured[1:]:
+        tried = [(value, mixed)]
+        for share in SHARES:
+            if left < 1:
+                return
+            pairs = zip(mixed, branch, strict=True)
+            point = box.inside([(1 - share) * one + share * other for one, other in pairs])
+            tried.append(((yield point), point))
+            left -= 1
+        value, mixed = min(tried, key=lambda one: one[0])
+
+
+def replayed(steps: Steps, values: Sequence[float], budget: int) -> Point | None:
+    """What a search asks for next, after these values; None: nothing any more."""
+    if len(values) >= budget:
+        return None
+    try:
+        point = next(steps)
+        for value in values:
+            point = steps.send(value)
+    except StopIteration:
+        return None
+    return point
+
+
+def _moved(point: Point, axis: int, by: float) -> list[float]:
+    return [value + by * (place == axis) for place, value in enumerate(point)]
+
+
+def _lowest(sides: Sequence[tuple[float, float]], centre: float, most: float) -> float:
+    """Where the parabola through the (place, value) pairs is lowest, no further than `most`.
+
+    With fewer than three, or where it opens downwards: that way from the lowest of them.
+    """
+    best = min(sides, key=lambda side: side[1])[0]
+    if len(sides) == 3:
+        (x0, y0), (x1, y1), (x2, y2) = sides
+        left, right = (y1 - y0) / (x1 - x0), (y2 - y0) / (x2 - x0)
+        bend = (left - right) / (x1 - x2)
+        if bend > 0:
+            slope = left - bend * (x1 - x0)
+            best = x0 - slope / (2 * bend)
+    return min(max(best, centre - most), centre + most)
+
+
+def _shuffled(box: Box) -> list[int]:
+    return sorted(range(len(box.start)), key=lambda axis: _hash(box.seed, "axis", axis))
+
+
+def _signs(seed: int, number: int, count: int) -> list[int]:
+    return [1 if _hash(seed, "sign", number, axis)[0] & 1 else -1 for axis in range(count)]
+
+
+def _hash(*parts: object) -> bytes:
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
