@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
-from coldmerge.core.errors import ConflictError, ManifestError, PermissionDeniedError
+from coldmerge.core.errors import ConfigError, ConflictError, ManifestError, PermissionDeniedError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.evaluation.metrics import PairedScores
 from coldmerge.rounds.statistics import statistics_for
@@ -295,11 +295,12 @@ class _Loop:
         """Report on a candidate, once."""
         if not self._contributed(round_) or round_.state != _State.CANDIDATE:
             return
-        if round_.min_evaluators == 0 or self._judged() == _candidate_of(round_):
+        asked = round_.min_evaluators > 0 or round_.HasField("probe")
+        if not asked or self._judged() == _candidate_of(round_):
             return
         self._tell("evaluating", "Judging the candidate on our own data", round_)
-        scores = evaluate(self.session, round_, self.terms.config, progress=self.terms.progress)
-        if self._may_leave(round_, scores):
+        scores = self._scores(round_)
+        if scores is not None and self._may_leave(round_, scores):
             self._report(round_, scores)
         with self.session.home.state() as state:
             state.setdefault("judged", {})[self.model] = _candidate_of(round_)
@@ -310,6 +311,17 @@ class _Loop:
             candidate=round_.candidate_digest,
         )
         self.last = None
+
+    def _scores(self, round_: common_pb2.Round) -> PairedScores | None:
+        """What we find; None: our trainer does not give the number that a probe is for."""
+        terms = self.terms
+        try:
+            return evaluate(self.session, round_, terms.config, progress=terms.progress)
+        except ConfigError as error:
+            if error.code != "training.no_number":
+                raise
+            self._tell("skipped", f"We do not measure probes: {error.message}", round_)
+            return None
 
     def _may_leave(self, round_: common_pb2.Round, scores: PairedScores) -> bool:
         """Whether a person lets the scores leave, where the policy asks one."""

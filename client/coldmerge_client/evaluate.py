@@ -50,12 +50,13 @@ def evaluate(
         round_.probe_seed,
         session.home.cache / "features",
         progress,
+        objective=round_.probe.objective or None,
     )
 
 
 def leaving_scores(round_: common_pb2.Round, scores: PairedScores) -> Leaving:
     """What leaves with a report, for a person to approve: numbers, no tensors."""
-    numbers = {
+    numbers: dict[str, float] = {
         "items": scores.n,
         "base_accuracy": scores.base.accuracy,
         "candidate_accuracy": scores.candidate.accuracy,
@@ -63,7 +64,7 @@ def leaving_scores(round_: common_pb2.Round, scores: PairedScores) -> Leaving:
         "candidate_macro_f1": scores.candidate.macro_f1,
         "only_candidate_right": scores.gained,
         "only_base_right": scores.lost,
-    }
+    } | {str(name): value for name, value in scores.means.items()}
     return Leaving(
         model=round_.model,
         base_number=round_.base_number,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import get_args
 
 from pydantic import ValidationError
 
-from coldmerge.core.documents import Evaluation, Manifest
-from coldmerge.core.errors import DataError
+from coldmerge.core.documents import LARGEST_MEAN, Evaluation, Manifest, Mean
+from coldmerge.core.errors import ConfigError, DataError
 from coldmerge.core.extraction import Extraction
 from coldmerge.core.progress import Progress, silent
 from coldmerge.core.validation import first_problem
 from coldmerge.evaluation.metrics import PairedScores, paired
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.trainer import EvaluateJob, load_trainer
+
+_MEASURED = frozenset({"loss", "entropy"})
+"""Objectives that an evaluation holds in its means."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +98,41 @@ def compare(
     seed: int,
     cache: Path,
     progress: Progress = silent,
+    *,
+    objective: str | None = None,
 ) -> PairedScores:
     """Fit the same probe, seeded with `seed`, on both, and predict the validation data.
 
+    `objective` is what a round that learns coefficients asks for beside the scores.
+
     Raises:
         DataError: the validation data cannot be used.
+        ConfigError: the trainer does not give what is asked for.
     """
     trainer = load_trainer(config)
     before, after = (
         trainer.predict(EvaluateJob(body.folder, config, seed, cache, body.digest), progress)
         for body in (base, candidate)
     )
-    return paired(before.labels, before.predicted, after.predicted)
+    found = paired(before.labels, before.predicted, after.predicted)
+    if objective not in _MEASURED:
+        return found
+    names = get_args(Mean)
+    pairs = (("base", before), ("candidate", after))
+    measured = {f"{which}_{objective}": getattr(one, objective) for which, one in pairs}
+    return replace(found, means={n: _number(measured[n], config) for n in names if n in measured})
+
+
+def _number(value: float | None, config: TrainConfig) -> float:
+    if value is None or not 0 <= value <= LARGEST_MEAN:  # also for what is no number
+        raise ConfigError(
+            "training.no_number",
+            f"The trainer {config.trainer} does not give the number that the round asks for.",
+            expected=f"`loss` and `entropy` with its predictions, from 0 to {LARGEST_MEAN:g}",
+            got=value,
+            hint="See coldmerge_client.training.Predictions; the round goes on without us.",
+        )
+    return float(value)
 
 
 def evaluation(
@@ -124,6 +151,7 @@ def evaluation(
         candidate=scores.candidate,
         gained=scores.gained,
         lost=scores.lost,
+        means=dict(scores.means),
         probe_seed=seed,
         created_at=now,
     )

@@ -19,6 +19,11 @@ Another lets the gate's search for a bad update look at ours alone, in rounds th
 whoever sees the candidates with and without it can compute it.
 
     allow_leave_one_out: true
+
+A third lets a round learn what ours alone is multiplied by: the candidates of its probes show it
+just as well. Without it we share a coefficient with others.
+
+    allow_learn_coefficients: true
 """
 
 from __future__ import annotations
@@ -30,7 +35,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coldmerge.core import strict_json, yaml_file
-from coldmerge.core.documents import LEAVE_ONE_OUT, Encoding, Statistic
+from coldmerge.core.documents import (
+    LEARN_COEFFICIENTS,
+    LEAVE_ONE_OUT,
+    Consent,
+    Encoding,
+    Statistic,
+)
 from coldmerge.core.errors import ConfigError, IntegrityError
 from coldmerge.core.validation import first_problem
 
@@ -82,6 +93,7 @@ class SendPolicy(BaseModel):
     metrics: bool = True
     may_send: tuple[Literal["fisher", "gram"], ...] = ()
     allow_leave_one_out: bool = False
+    allow_learn_coefficients: bool = False
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -111,11 +123,18 @@ class SendPolicy(BaseModel):
         """Whether a statistic stays here. Trim thresholds follow from the deltas: they may go."""
         return kind != "trim" and kind not in self.may_send
 
-    def consents(self, round_policy: str) -> tuple[Literal["leave_one_out"], ...]:
+    def consents(self, round_policy: str) -> tuple[Consent, ...]:
         """What we agree to in a round whose policy (JSON) asks for it."""
-        gate = section(round_policy, "gate")
-        asked = self.allow_leave_one_out and gate.get("isolate_singles")
-        return (LEAVE_ONE_OUT,) if asked else ()
+        singles = section(round_policy, "gate").get("isolate_singles")
+        learns = section(round_policy, "merge").get("coefficients")
+        asked: dict[Consent, object] = {LEAVE_ONE_OUT: singles, LEARN_COEFFICIENTS: learns}
+        return tuple(one for one, wanted in asked.items() if wanted and self.allows(one))
+
+    def allows(self, consent: Consent) -> bool:
+        """Whether we agree to it, where a round asks."""
+        if consent == LEARN_COEFFICIENTS:
+            return self.allow_learn_coefficients
+        return self.allow_leave_one_out
 
     def narrowed(self, *, require_approval: bool = False, encoding: Encoding | None = None) -> Self:
         """The same policy with the stricter of two answers on approval, and another encoding."""

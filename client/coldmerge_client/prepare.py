@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.documents import Manifest, Statistic, sign
+from coldmerge.core.documents import (
+    LEARN_COEFFICIENTS,
+    LEAVE_ONE_OUT,
+    Consent,
+    Manifest,
+    Statistic,
+    sign,
+)
 from coldmerge.core.errors import (
     PermissionDeniedError,
     TaskVectorError,
@@ -284,9 +291,16 @@ def against_policy(manifest: Manifest, policy: SendPolicy) -> str | None:
             return f"{kind} statistics"
     if not policy.metrics and (manifest.metrics or manifest.training):
         return "numbers about training"
-    if manifest.consents and not policy.allow_leave_one_out:
-        return "consent to be left out of a candidate alone"
+    for consent in manifest.consents:
+        if not policy.allows(consent):
+            return f"consent to {_CONSENTS[consent]}"
     return None
+
+
+_CONSENTS: Mapping[Consent, str] = {
+    LEAVE_ONE_OUT: "be left out of a candidate alone",
+    LEARN_COEFFICIENTS: "a coefficient of our own",
+}
 
 
 def check_policy(manifest: Manifest, policy: SendPolicy) -> None:
@@ -301,7 +315,7 @@ def check_policy(manifest: Manifest, policy: SendPolicy) -> None:
         raise PermissionDeniedError(
             "push.against_own_policy",
             "The contribution in the outbox holds what this machine's policy now keeps at home.",
-            expected="nothing that `private`, `metrics`, `may_send` and `allow_leave_one_out` in "
+            expected="nothing that `private`, `metrics`, `may_send` and the consents in "
             "policy.yaml keep",
             got=found,
             hint="Run `coldmerge push` again: it prepares the fine-tune by today's policy.",

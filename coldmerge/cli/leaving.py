@@ -16,6 +16,10 @@ _MADE_OF = {
     "gram": "gram, which activations go together over {:g} tokens of your examples",
     "trim": "trim, the threshold of each tensor at density {:g}: it follows from the tensors",
 }
+_CONSENTS = {
+    "leave_one_out": "a bad candidate may be tried without this alone",
+    "learn_coefficients": "this may get a coefficient of its own, learned with several candidates",
+}
 
 
 def ask_whether(leaving: Leaving) -> bool:
@@ -62,8 +66,8 @@ def print_leaving(leaving: Leaving, fmt: Format, *, sent: bool) -> None:
     out.print(f"[bold]Numbers:[/bold] {numbers}", highlight=False)
     for kind, value in sorted(leaving.statistics.items()):
         out.print(f"[bold]Statistic:[/bold] {_MADE_OF[kind].format(value)}", highlight=False)
-    if leaving.consents:
-        out.print("[bold]Consent:[/bold] a bad candidate may be tried without this alone")
+    for consent in leaving.consents:
+        out.print(f"[bold]Consent:[/bold] {_CONSENTS[consent]}")
     for name, reason in leaving.kept_home:
         out.print(f"[bold]Stays home:[/bold] {name} ({reason})", highlight=False)
     out.print(f"[bold]Unchanged:[/bold] {leaving.unchanged} tensors", highlight=False)

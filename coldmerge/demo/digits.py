@@ -24,7 +24,7 @@ from coldmerge.core.progress import Progress, silent
 from coldmerge.demo import folders
 from coldmerge.demo.folders import Example, Task
 from coldmerge_client.training.config import SamConfig, TrainConfig
-from coldmerge_client.training.probe import linear_probe
+from coldmerge_client.training.probe import fitted_probe
 from coldmerge_client.training.sam import ahead
 from coldmerge_client.training.trainer import EvaluateJob, Predictions, Trained, TrainJob
 
@@ -170,7 +170,7 @@ class Digits:
         train, validation = folders.load_training(self.config.data.train)
         progress("probe", 0, 1)
         labels = np.array([example.label for example in validation], np.int64)
-        predicted = linear_probe(
+        predicted = fitted_probe(
             features(job.release, train),
             np.array([example.label for example in train]),
             features(job.release, validation),
@@ -178,7 +178,7 @@ class Digits:
             job.seed,
         )
         progress("probe", 1, 1)
-        return Predictions(labels, predicted)
+        return predicted
 
 
 def create(config: TrainConfig) -> Digits:

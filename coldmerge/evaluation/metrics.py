@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coldmerge.core.documents import Scores
+from coldmerge.core.documents import Mean, Scores
 from coldmerge.core.errors import DataError
 
 Labels = NDArray[np.integer[Any]]
@@ -18,7 +19,8 @@ Labels = NDArray[np.integer[Any]]
 class PairedScores:
     """Two releases on the same `n` items.
 
-    `gained`: items only the candidate got right; `lost`: items only the base got right.
+    `gained`: items only the candidate got right; `lost`: items only the base got right. `means`
+    are those that a round asked for: see `coldmerge.core.documents.Evaluation`.
     """
 
     n: int
@@ -26,6 +28,7 @@ class PairedScores:
     candidate: Scores
     gained: int
     lost: int
+    means: Mapping[Mean, float] = field(default_factory=dict)
 
 
 def accuracy(labels: Labels, predicted: Labels) -> float:

@@ -144,7 +144,7 @@ def asked(policy: CoefficientsPolicy, evaluation: Evaluation) -> float | None:
     """
     if policy.objective == "accuracy":
         return evaluation.base.accuracy - evaluation.candidate.accuracy
-    kept = evaluation.means
+    kept = {str(name): value for name, value in evaluation.means.items()}
     pair = [kept.get(f"{which}_{policy.objective}") for which in ("candidate", "base")]
     return None if pair[0] is None or pair[1] is None else pair[0] - pair[1]
 

@@ -19,7 +19,7 @@ from coldmerge.rounds.view import (
 
 
 def judge(view: RoundView, now: datetime) -> Outcome:
-    """Ask the gate about the candidate at hand, which may be that of a trial; or measure a probe."""
+    """Ask the gate about the candidate at hand, which may be that of a trial; measure a probe."""
     if view.probing:
         return learning.measure(view, now)
     gate = view.policy.gate

@@ -24,7 +24,7 @@ from coldmerge.core.errors import ColdmergeError, IntegrityError, ManifestError,
 from coldmerge.core.progress import Counter, Progress, silent
 from coldmerge_coordinator.merging.candidate import Candidate
 from coldmerge_coordinator.merging.works import Base, base_of, job_of, merged
-from coldmerge_coordinator.store import Store, continuous, keys, releases, rounds, states
+from coldmerge_coordinator.store import Store, continuous, keys, learned, releases, rounds, states
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.models import Contribution, Machine, Release, Round
 from coldmerge_coordinator.store.releases import Recipe
@@ -85,6 +85,7 @@ def verify_release(
         inputs = _inputs(session, record)
         found.problems += _signed(session, record, inputs, found)
         found.problems += _stale(session, record, inputs)
+        found.problems += _learned(session, record)
         found.erased = _erased(store, inputs)
         if record.round is None:
             found.problems += _repeats(session, row, record)
@@ -215,6 +216,22 @@ def _equal(one: object, other: object) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=ROUNDED_OTHERWISE)
     return one == other
+
+
+def _learned(session: Session, record: ReleaseRecord) -> Iterator[str]:
+    """The coefficients that are merged with again must be those that the record names."""
+    row = session.get(Round, record.round) if record.round else None
+    if row is None:
+        return
+    again = row.replay is not None
+    want = (
+        learned.in_replay(session, row)
+        if again
+        else learned.in_recipe(session, row, rounds.get_policy(row))
+    )
+    said = {key: value for key, value in record.recipe.items() if key.startswith("coefficient")}
+    if said != want:
+        yield "the record names other coefficients than the round learned"
 
 
 def _is_signed(manifest: Signed, known: Iterable[bytes]) -> bool:

@@ -72,7 +72,9 @@ def told(value: Callable[[Sequence[float]], float], names: Sequence[str] = NAMES
     return lambda search: {name: 3 + len(name) + value(search.point) for name in names}
 
 
-@pytest.mark.parametrize(("method", "probes", "near"), [("quadratic", 60, 0.02), ("spsa", 200, 0.1)])
+@pytest.mark.parametrize(
+    ("method", "probes", "near"), [("quadratic", 60, 0.02), ("spsa", 200, 0.1)]
+)
 @pytest.mark.parametrize("mix", [0.0, 0.1])
 def test_a_bowl_is_searched_as_scipy_does(
     method: str, probes: int, near: float, mix: float
@@ -159,7 +161,7 @@ def test_who_shares_with_nobody_has_agreed(
     assert sorted(name for atom in found for name in atom) == list(everyone)
     if len(found) > 1:
         assert all(len(atom) >= least or set(atom) <= alone for atom in found)
-    assert found == atoms(reversed(everyone), alone & set(everyone), least, seed)
+    assert found == atoms(everyone[::-1], alone & set(everyone), least, seed)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -212,9 +214,7 @@ def test_values_depend_on_no_later_report(rows: list[dict[str, float]]) -> None:
 
 
 @given(
-    honest=st.lists(
-        st.lists(st.floats(0, 5), min_size=4, max_size=4), min_size=2, max_size=10
-    ),
+    honest=st.lists(st.lists(st.floats(0, 5), min_size=4, max_size=4), min_size=2, max_size=10),
     lies=st.lists(st.floats(-1e4, 1e4), min_size=10, max_size=10),
     clip=st.floats(1, 5),
 )

@@ -44,7 +44,7 @@ class CausalLM(HuggingFaceTrainer):
             examples = self._encoded(tokenizer, drawn)
             model = models.load(self.auto, job.release, dtype=torch.float32)
             progress("predict", 0, 1)
-            labels, predicted = predict_labels(
+            predicted = predict_labels(
                 model,
                 examples,
                 batches.Collator(tokenizer),
@@ -53,7 +53,7 @@ class CausalLM(HuggingFaceTrainer):
                 self.shift,
             )
         progress("predict", 1, 1)
-        return Predictions(labels, predicted)
+        return predicted
 
     def _encoded(
         self, tokenizer: Any, examples: Sequence[data.Example[None]]

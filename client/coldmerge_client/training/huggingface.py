@@ -177,7 +177,7 @@ class HuggingFaceTrainer(ABC):
                 progress,
             )
             if validation:
-                labels, predicted = predict_labels(
+                predicted = predict_labels(
                     model,
                     examples[len(data.train) :],
                     collate,
@@ -185,7 +185,7 @@ class HuggingFaceTrainer(ABC):
                     limits.max_tokens,
                     self.shift,
                 )
-                found = scores(labels, predicted)
+                found = scores(predicted.labels, predicted.predicted)
                 metrics |= {"val_accuracy": found.accuracy, "val_macro_f1": found.macro_f1}
         return metrics
 
@@ -260,12 +260,13 @@ def predict_labels(
     config: TrainConfig,
     limit: int,
     shift: int = 0,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Labels and most likely outputs, both int64, at most `limit` of them, in order."""
+) -> Predictions:
+    """Labels and most likely outputs, at most `limit` of them, in order."""
     where = models.device(config)
     model.to(where).eval()
     labels: list[NDArray[np.int64]] = []
     predicted: list[NDArray[np.int64]] = []
+    means: list[NDArray[np.float64]] = []
     for start in range(0, len(examples), config.batch_size):
         if sum(map(len, labels)) >= limit:
             break
@@ -276,10 +277,26 @@ def predict_labels(
             torch.autocast(where.type, torch.bfloat16, models.use_bf16(config, where)),
         ):
             logits = model(**{name: part.to(where) for name, part in batch.items()}).logits
-        best = logits.argmax(-1).cpu()
         if shift:
-            wanted, best = wanted[:, shift:], best[:, :-shift]
+            wanted, logits = wanted[:, shift:], logits[:, :-shift]
         counted = wanted != IGNORED
         labels.append(wanted[counted].numpy())
-        predicted.append(best[counted].numpy())
-    return np.concatenate(labels)[:limit], np.concatenate(predicted)[:limit]
+        outputs = logits[counted.to(where)].float()
+        predicted.append(outputs.argmax(-1).cpu().numpy())
+        means.append(_losses(outputs, wanted[counted].to(where)))
+    loss, entropy = np.concatenate(means)[:limit].mean(0)
+    return Predictions(
+        np.concatenate(labels)[:limit],
+        np.concatenate(predicted)[:limit],
+        float(loss),
+        max(0.0, float(entropy)),
+    )
+
+
+def _losses(outputs: torch.Tensor, wanted: torch.Tensor) -> NDArray[np.float64]:
+    """Negative log-likelihood and entropy of each of n outputs: float64 [n, 2]."""
+    chances = outputs.log_softmax(-1)
+    loss = -chances.gather(-1, wanted.long().unsqueeze(-1)).squeeze(-1)
+    entropy = -(chances.exp() * chances).nan_to_num().sum(-1)
+    found: NDArray[np.float64] = torch.stack([loss, entropy], -1).double().cpu().numpy()
+    return found

@@ -27,7 +27,7 @@ from coldmerge.core.errors import DataError
 from coldmerge.core.progress import Progress, silent
 from coldmerge_client.training import batches, models, trunk
 from coldmerge_client.training.batches import Features
-from coldmerge_client.training.trainer import EvaluateJob
+from coldmerge_client.training.trainer import EvaluateJob, Predictions
 
 Floats = NDArray[np.float32]
 
@@ -41,6 +41,9 @@ does not depend on how large a release's features happen to be.
 
 MAX_ITERATIONS = 1000
 
+UNHEARD = 1e-6
+"""The least chance that a label counts as having had: one that training never saw has none."""
+
 
 def linear_probe(
     features_train: Floats,
@@ -51,7 +54,20 @@ def linear_probe(
 ) -> NDArray[np.int64]:
     """Fit a logistic regression on the train half, predict the test half: int64 [n_test].
 
-    Features are float32 [n, hidden]. `labels_test` are only checked to be as many.
+    Raises:
+        DataError: rows and labels differ in number, or the labels are all the same.
+    """
+    return fitted_probe(features_train, labels_train, features_test, labels_test, seed).predicted
+
+
+def fitted_probe(
+    features_train: Floats,
+    labels_train: NDArray[np.integer[Any]],
+    features_test: Floats,
+    labels_test: NDArray[np.integer[Any]],
+    seed: int,
+) -> Predictions:
+    """The same with the probe's loss and entropy. Features are float32 [n, hidden].
 
     Raises:
         DataError: rows and labels differ in number, or the labels are all the same.
@@ -78,8 +94,23 @@ def linear_probe(
     probe = LogisticRegression(C=STRENGTH, max_iter=MAX_ITERATIONS, random_state=seed)
     with _pools().limit(limits=1):  # BLAS threads that spin make this many times slower
         probe.fit((features_train - mean) / scale, labels_train)
-    predicted: NDArray[np.int64] = probe.predict((features_test - mean) / scale)
-    return predicted.astype(np.int64)
+        tested = (features_test - mean) / scale
+        predicted, chances = probe.predict(tested), probe.predict_proba(tested)
+    loss, entropy = _means(probe.classes_, chances, labels_test)
+    right, found = labels_test.astype(np.int64), predicted.astype(np.int64)
+    return Predictions(right, found, loss, entropy)
+
+
+def _means(
+    classes: NDArray[np.integer[Any]], chances: NDArray[Any], labels: NDArray[np.integer[Any]]
+) -> tuple[float, float]:
+    """Mean loss and entropy of the chances of each class, float [n, classes]; in nats."""
+    chances = np.asarray(chances, np.float64)
+    place = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
+    right = np.where(classes[place] == labels, chances[np.arange(len(labels)), place], 0.0)
+    spread = -(chances * np.log(np.maximum(chances, UNHEARD))).sum(1)
+    loss = float(-np.log(np.maximum(right, UNHEARD)).mean())
+    return max(0.0, loss), max(0.0, float(spread.mean()))
 
 
 @cache
@@ -213,8 +244,8 @@ def probe_texts(
     train: tuple[Sequence[str], Sequence[str | None], Sequence[int]],
     validation: tuple[Sequence[str], Sequence[str | None], Sequence[int]],
     progress: Progress = silent,
-) -> NDArray[np.int64]:
-    """Predictions for the validation part (texts, pairs, labels), int64 [n_validation]."""
+) -> Predictions:
+    """Predictions for the validation part (texts, pairs, labels)."""
     texts, pairs = [*train[0], *validation[0]], [*train[1], *validation[1]]
     config, where = job.config, models.device(job.config)
     bf16 = models.use_bf16(config, where)
@@ -238,7 +269,7 @@ def probe_texts(
         features = cached(job, what, compute)["features"].numpy()
         progress("probe", 1, 2)
         here = len(train[0])
-        predicted = linear_probe(
+        predicted = fitted_probe(
             features[:here],
             np.asarray(train[2]),
             features[here:],

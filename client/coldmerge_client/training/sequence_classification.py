@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
 
 from coldmerge.core.progress import Progress, silent
@@ -60,8 +59,7 @@ class SequenceClassification(HuggingFaceTrainer):
         found = data.classification(self.config.data, (), job.cache)
         train = data.subset(found.train, limit, 0)
         validation = data.draw(found.validation, limit, 0)
-        predicted = probe.probe_texts(job, _columns(train), _columns(validation), progress)
-        return Predictions(np.array([e.label for e in validation], np.int64), predicted)
+        return probe.probe_texts(job, _columns(train), _columns(validation), progress)
 
 
 def _columns(

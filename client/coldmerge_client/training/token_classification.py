@@ -56,11 +56,11 @@ class TokenClassification(HuggingFaceTrainer):
         with models.threads(self.config):
             features, tags, split = self._features(job, train, validation, limits.max_tokens)
             progress("probe", 1, 2)
-            predicted = probe.linear_probe(
+            predicted = probe.fitted_probe(
                 features[:split], tags[:split], features[split:], tags[split:], job.seed
             )
         progress("probe", 2, 2)
-        return Predictions(tags[split:], predicted)
+        return predicted
 
     def _features(
         self,

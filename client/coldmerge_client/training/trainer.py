@@ -75,10 +75,17 @@ class EvaluateJob:
 
 @dataclass(frozen=True)
 class Predictions:
-    """One label and one prediction per item, both int64 [n], items in a fixed order."""
+    """One label and one prediction per item, both int64 [n], items in a fixed order.
+
+    `loss` is the mean negative log-likelihood of the labels, `entropy` the mean entropy of what
+    was predicted, both in nats an item: for rounds that learn coefficients. A trainer of one's own
+    may leave them out, and then takes no part in that.
+    """
 
     labels: NDArray[np.int64]
     predicted: NDArray[np.int64]
+    loss: float | None = None
+    entropy: float | None = None
 
 
 class Trainer(Protocol):

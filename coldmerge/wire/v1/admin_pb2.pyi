@@ -141,7 +141,14 @@ class RemergeRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., without: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class AdmittedContribution(_message.Message):
-    __slots__ = ("id", "contributor", "manifest_digest", "payload_bytes", "examples", "norm", "accepted_at", "state", "reason", "base_number", "discount")
+    __slots__ = ("id", "contributor", "manifest_digest", "payload_bytes", "examples", "norm", "accepted_at", "state", "reason", "base_number", "discount", "coefficients")
+    class CoefficientsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTOR_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +160,7 @@ class AdmittedContribution(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     BASE_NUMBER_FIELD_NUMBER: _ClassVar[int]
     DISCOUNT_FIELD_NUMBER: _ClassVar[int]
+    COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     contributor: str
     manifest_digest: str
@@ -164,7 +172,8 @@ class AdmittedContribution(_message.Message):
     reason: str
     base_number: int
     discount: float
-    def __init__(self, id: _Optional[str] = ..., contributor: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., norm: _Optional[float] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., base_number: _Optional[int] = ..., discount: _Optional[float] = ...) -> None: ...
+    coefficients: _containers.ScalarMap[str, float]
+    def __init__(self, id: _Optional[str] = ..., contributor: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., norm: _Optional[float] = ..., accepted_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., base_number: _Optional[int] = ..., discount: _Optional[float] = ..., coefficients: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ListRoundContributionsResponse(_message.Message):
     __slots__ = ("contributions",)

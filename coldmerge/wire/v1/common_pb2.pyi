@@ -76,7 +76,7 @@ class ErrorDetail(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., expected: _Optional[str] = ..., got: _Optional[str] = ..., ids: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Round(_message.Message):
-    __slots__ = ("id", "model", "state", "mode", "base_number", "base_digest", "opened_at", "closes_at", "min_contributions", "max_contributions", "contributions", "candidate_digest", "evaluation_closes_at", "min_evaluators", "evaluations", "release_number", "reason", "held", "policy_json", "probe_seed", "trial", "left_out", "trials", "remerge", "bases")
+    __slots__ = ("id", "model", "state", "mode", "base_number", "base_digest", "opened_at", "closes_at", "min_contributions", "max_contributions", "contributions", "candidate_digest", "evaluation_closes_at", "min_evaluators", "evaluations", "release_number", "reason", "held", "policy_json", "probe_seed", "trial", "left_out", "trials", "remerge", "bases", "probe", "probes")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Round.State]
@@ -126,6 +126,8 @@ class Round(_message.Message):
     TRIALS_FIELD_NUMBER: _ClassVar[int]
     REMERGE_FIELD_NUMBER: _ClassVar[int]
     BASES_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     state: Round.State
@@ -151,7 +153,31 @@ class Round(_message.Message):
     trials: _containers.RepeatedCompositeFieldContainer[Trial]
     remerge: bool
     bases: _containers.RepeatedCompositeFieldContainer[AdmittedBase]
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[Round.State, str]] = ..., mode: _Optional[_Union[Round.Mode, str]] = ..., base_number: _Optional[int] = ..., base_digest: _Optional[str] = ..., opened_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., closes_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., min_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., contributions: _Optional[int] = ..., candidate_digest: _Optional[str] = ..., evaluation_closes_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., min_evaluators: _Optional[int] = ..., evaluations: _Optional[int] = ..., release_number: _Optional[int] = ..., reason: _Optional[str] = ..., held: _Optional[bool] = ..., policy_json: _Optional[str] = ..., probe_seed: _Optional[int] = ..., trial: _Optional[int] = ..., left_out: _Optional[int] = ..., trials: _Optional[_Iterable[_Union[Trial, _Mapping]]] = ..., remerge: _Optional[bool] = ..., bases: _Optional[_Iterable[_Union[AdmittedBase, _Mapping]]] = ...) -> None: ...
+    probe: Probe
+    probes: _containers.RepeatedCompositeFieldContainer[MeasuredProbe]
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[Round.State, str]] = ..., mode: _Optional[_Union[Round.Mode, str]] = ..., base_number: _Optional[int] = ..., base_digest: _Optional[str] = ..., opened_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., closes_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., min_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., contributions: _Optional[int] = ..., candidate_digest: _Optional[str] = ..., evaluation_closes_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., min_evaluators: _Optional[int] = ..., evaluations: _Optional[int] = ..., release_number: _Optional[int] = ..., reason: _Optional[str] = ..., held: _Optional[bool] = ..., policy_json: _Optional[str] = ..., probe_seed: _Optional[int] = ..., trial: _Optional[int] = ..., left_out: _Optional[int] = ..., trials: _Optional[_Iterable[_Union[Trial, _Mapping]]] = ..., remerge: _Optional[bool] = ..., bases: _Optional[_Iterable[_Union[AdmittedBase, _Mapping]]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probes: _Optional[_Iterable[_Union[MeasuredProbe, _Mapping]]] = ...) -> None: ...
+
+class Probe(_message.Message):
+    __slots__ = ("number", "most", "objective")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    most: int
+    objective: str
+    def __init__(self, number: _Optional[int] = ..., most: _Optional[int] = ..., objective: _Optional[str] = ...) -> None: ...
+
+class MeasuredProbe(_message.Message):
+    __slots__ = ("number", "evaluators", "value", "point")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    EVALUATORS_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    evaluators: int
+    value: float
+    point: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, number: _Optional[int] = ..., evaluators: _Optional[int] = ..., value: _Optional[float] = ..., point: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class AdmittedBase(_message.Message):
     __slots__ = ("number", "digest", "staleness", "discount")

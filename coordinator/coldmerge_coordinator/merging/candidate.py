@@ -19,6 +19,7 @@ from coldmerge.core.task_vector import TaskVector
 from coldmerge.merging import Input, Job, Pool
 from coldmerge.merging.outer import Outer
 from coldmerge.merging.pool import processors
+from coldmerge.rounds.coefficients import Weights
 from coldmerge.rounds.policy import MergePolicy
 from coldmerge.rounds.statistics import statistics_for
 from coldmerge.screening.report import Inner
@@ -26,7 +27,7 @@ from coldmerge.screening.scaled import Vector, scaled
 from coldmerge.screening.shares import BOUNDED, Shares, bounded_shares
 from coldmerge_coordinator.merging.likeness import Likeness
 from coldmerge_coordinator.merging.outer_step import OuterStep, Place
-from coldmerge_coordinator.merging.recipes import outer_of, recipe_of
+from coldmerge_coordinator.merging.recipes import outer_of, recipe_with
 from coldmerge_coordinator.merging.sources import Beat, Beating, Blobs
 from coldmerge_coordinator.merging.tensor_sink import Stored, TensorSink
 from coldmerge_coordinator.store.blobs import BlobStore
@@ -50,7 +51,8 @@ class Sealed:
 class Work:
     """All that a merge depends on: the base release with masters and state, inputs, recipe.
 
-    `most_statistics`: how many times the median a contributor's statistics may be.
+    `most_statistics`: how many times the median a contributor's statistics may be. `learned`:
+    the coefficients that the round learned, by which the inputs' weights are multiplied.
     """
 
     base: Content
@@ -59,6 +61,7 @@ class Work:
     inputs: Sequence[Sealed]
     policy: MergePolicy
     most_statistics: float | None = None
+    learned: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ def _job(blobs: BlobStore, work: Work, vectors: Sequence[Vector]) -> Job:
         manifest = sealed.manifest
         inputs.append(Input(manifest.content_key(), vector, weight, manifest.contributor))
     inputs.sort(key=lambda item: item.key)
-    recipe = recipe_of(work.policy, [item.weight for item in inputs])
+    weighed = [(item.weight, item.label) for item in inputs]
+    recipe = recipe_with(work.policy, work.learned, weighed)
     entries = [work.base.by_name[name] for name in work.masters]
     published = Blobs(blobs, {entry.name: (entry.sha256, entry.dtype) for entry in entries})
     return Job(published, {entry.name: entry.shape for entry in entries}, inputs, recipe)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from coldmerge.core.digests import Content
 from coldmerge.core.dtypes import FLOATS, size
 from coldmerge.core.errors import ConfigError
-from coldmerge.merging import Uniform, merger_class, uniform
+from coldmerge.merging import Recipe, Setting, Uniform, merger_class, uniform
+from coldmerge.merging.merger import Scope
 from coldmerge.merging.outer import Outer, outer
+from coldmerge.rounds.coefficients import SMALLEST, Weights, group_of
 from coldmerge.rounds.policy import MergePolicy, Parameters, RoundPolicy
 from coldmerge.rounds.statistics import statistics_for
 
@@ -23,6 +26,35 @@ def recipe_of(policy: MergePolicy, weights: Sequence[float]) -> Uniform:
     recipe = uniform(merger_class(policy.method), policy.parameters, weights)
     recipe.merger.check_inputs(len(weights))
     return recipe
+
+
+@dataclass(frozen=True)
+class ByGroup:
+    """A setting for each group of tensors; `other` for tensors of none, which no input touches."""
+
+    settings: Mapping[str, Uniform]
+    other: Uniform
+
+    def setting(self, name: str) -> Setting:
+        """How tensor `name` is merged."""
+        return self.settings.get(group_of(name), self.other).setting(name)
+
+
+def recipe_with(
+    policy: MergePolicy, learned: Weights | None, inputs: Sequence[tuple[float, str]]
+) -> Recipe:
+    """The merge of inputs (weight, contributor), with what was learned of their coefficients.
+
+    Raises:
+        ConfigError: as `recipe_of`.
+    """
+    if learned is None or not learned.groups:
+        return recipe_of(policy, [weight for weight, _ in inputs])
+    found = {
+        group: recipe_of(policy, [w * learned.weight(name, group) for w, name in inputs])
+        for group in learned.groups
+    }
+    return found[""] if "" in found else ByGroup(found, next(iter(found.values())))
 
 
 def check_size(policy: RoundPolicy, content: Content) -> None:
@@ -59,6 +91,7 @@ def resolved(policy: P) -> P:
     """
     for count in {policy.min_contributions, policy.seals_at or policy.min_contributions}:
         _check_asked(policy.merge, recipe_of(policy.merge, [1.0] * count))
+    _check_coefficients(policy.merge)
     return policy.model_copy(update={"merge": _resolved(policy.merge)})
 
 
@@ -73,6 +106,24 @@ def _check_asked(policy: MergePolicy, recipe: Uniform) -> None:
             expected="fisher, regmean or mats where statistics are needed",
             got=policy.method,
             hint="Merge with it at home, from a plan: `coldmerge merge`.",
+        )
+
+
+def _check_coefficients(policy: MergePolicy) -> None:
+    """Whether the method takes the weights that may be learned."""
+    rules = policy.coefficients
+    if rules is None:
+        return
+    bounds = [each if abs(each) >= SMALLEST else SMALLEST for each in (rules.lower, rules.upper)]
+    recipe = uniform(merger_class(policy.method), policy.parameters, bounds)
+    if rules.granularity == "layer" and recipe.merger.scope is Scope.GLOBAL:
+        raise ConfigError(
+            "policy.coefficients_by_layer",
+            f"Merging by {policy.method} looks at the whole model at once: its coefficients cannot "
+            "differ from layer to layer.",
+            expected="granularity: task",
+            got="granularity: layer",
+            hint="Set `merge.coefficients.granularity` to task, or take another method.",
         )
 
 

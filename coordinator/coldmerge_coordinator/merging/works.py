@@ -14,7 +14,15 @@ from coldmerge.core.digests import Content
 from coldmerge.core.files import PositionalFile
 from coldmerge_coordinator.merging.candidate import Candidate, Sealed, Work, build
 from coldmerge_coordinator.merging.sources import Beat
-from coldmerge_coordinator.store import Store, contributions, releases, rounds, screening, states
+from coldmerge_coordinator.store import (
+    Store,
+    contributions,
+    learned,
+    releases,
+    rounds,
+    screening,
+    states,
+)
 from coldmerge_coordinator.store.blobs import BlobStore
 from coldmerge_coordinator.store.lineage import Step, replay_of
 from coldmerge_coordinator.store.models import Release, Round
@@ -73,7 +81,8 @@ def _work(store: Store, session: Session, base: Base, step: Step, beat: Beat) ->
     ]
     policy = rounds.get_policy(row)
     most = policy.screening.statistics
-    return Work(base.content, base.masters, base.state, sealed, policy.merge, most)
+    learnt = learned.weights_of(row)
+    return Work(base.content, base.masters, base.state, sealed, policy.merge, most, learnt)
 
 
 class Overlay(BlobStore):

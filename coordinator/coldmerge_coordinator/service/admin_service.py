@@ -23,7 +23,7 @@ from coldmerge_coordinator.service.messages import (
     release_message,
     round_message,
 )
-from coldmerge_coordinator.store import continuous, contributions, rounds
+from coldmerge_coordinator.store import continuous, contributions, learned, rounds
 
 
 @dataclass
@@ -207,6 +207,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             round_ = rounds.get(session, round_id)
             rows = contributions.of_round(session, round_id)
             costs = continuous.discounts(session, round_, rows)
+            learnt = learned.weights_of(round_)
+            weights = learnt.of if learnt else {}
             return admin_pb2.ListRoundContributionsResponse(
-                contributions=[admitted_message(row, costs[row.id]) for row in rows]
+                contributions=[
+                    admitted_message(row, costs[row.id], weights.get(row.contributor))
+                    for row in rows
+                ]
             )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from coldmerge.core.documents import Signed
+from coldmerge.rounds import coefficients
 from coldmerge.rounds.isolation import Trial
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import State
@@ -16,7 +18,14 @@ from coldmerge.wire.v1 import admin_pb2, common_pb2, contributions_pb2, models_p
 from coldmerge_coordinator.auth import Caller
 from coldmerge_coordinator.service.admin import machines_of
 from coldmerge_coordinator.service.screens import told
-from coldmerge_coordinator.store import continuous, contributions, releases, rounds, trials
+from coldmerge_coordinator.store import (
+    continuous,
+    contributions,
+    learned,
+    releases,
+    rounds,
+    trials,
+)
 from coldmerge_coordinator.store.models import (
     Contribution,
     Contributor,
@@ -98,6 +107,7 @@ def round_message(session: Session, row: Round, who: Caller) -> common_pb2.Round
         remerge=row.replay is not None,
         bases=_bases(session, row, policy),
     )
+    _put_probes(message, row, policy, who)
     if row.closes_at is not None:
         message.closes_at.CopyFrom(timestamp(row.closes_at))
     if row.evaluation_closes_at is not None:
@@ -109,6 +119,27 @@ def _bases(session: Session, row: Round, policy: RoundPolicy) -> list[common_pb2
     if policy.continuous is None or row.state != State.OPEN:
         return []
     return [common_pb2.AdmittedBase(**vars(base)) for base in continuous.bases_of(session, row)]
+
+
+def _put_probes(message: common_pb2.Round, row: Round, policy: RoundPolicy, who: Caller) -> None:
+    """What the candidate at hand is asked, and for who may see it what the ones before gave."""
+    rules, search = policy.merge.coefficients, learned.search_of(row)
+    if rules is None or search is None:
+        return
+    if not search.done and State(row.state).active:
+        message.probe.CopyFrom(
+            common_pb2.Probe(
+                number=len(search.probes) + 1, most=rules.probes, objective=rules.objective
+            )
+        )
+    if who.sees_all:
+        found = coefficients.values([one.reports for one in search.probes], rules.clip)
+        message.probes.extend(
+            common_pb2.MeasuredProbe(
+                number=place, evaluators=len(one.reports), value=value, point=one.point
+            )
+            for place, (one, value) in enumerate(zip(search.probes, found, strict=True), 1)
+        )
 
 
 def _trial_message(trial: Trial) -> common_pb2.Trial:
@@ -142,8 +173,12 @@ def receipt_message(row: Contribution) -> common_pb2.SignedDocument:
     return signed_to_proto(Signed(row.receipt, row.receipt_signature))
 
 
-def admitted_message(row: Contribution, discount: float) -> admin_pb2.AdmittedContribution:
-    """A contribution as the admin sees it; `discount` is what its staleness costs it."""
+def admitted_message(
+    row: Contribution, discount: float, coefficients: Mapping[str, float] | None = None
+) -> admin_pb2.AdmittedContribution:
+    """A contribution as the admin sees it; `discount` is what its staleness costs it, and
+    `coefficients` what its round multiplies it by.
+    """
     return admin_pb2.AdmittedContribution(
         id=row.id,
         contributor=row.contributor,
@@ -156,6 +191,7 @@ def admitted_message(row: Contribution, discount: float) -> admin_pb2.AdmittedCo
         reason=row.reason or "",
         base_number=contributions.get_manifest(row).base_number,
         discount=discount,
+        coefficients=coefficients or {},
     )
 
 

@@ -20,7 +20,7 @@ from coldmerge_coordinator.store.engine import WRITE, open_engine, shown
 from coldmerge_coordinator.store.trouble import our_error, translated
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0003"
+HEAD = "0004"
 """The newest migration: a test compares it with the folder."""
 _LAST = "coldmerge_last"
 _MIGRATING = 0x636F6C64

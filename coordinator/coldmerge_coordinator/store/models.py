@@ -199,6 +199,7 @@ class Round(Base):
     trial: Mapped[int] = mapped_column(server_default=text("0"))  # 0: all inputs
     left_out: Mapped[list[Any] | None]  # manifest digests that the trial at hand leaves out
     isolation: Mapped[dict[str, Any] | None]  # coldmerge.rounds.isolation: trials so far
+    coefficients: Mapped[dict[str, Any] | None]  # coldmerge.rounds.coefficients.Search
     replay: Mapped[dict[str, Any] | None]  # a re-merge: which rounds, without whose updates
     merge_attempts: Mapped[int]
     candidate_digest: Mapped[str | None] = mapped_column(ForeignKey("content.digest"), index=True)

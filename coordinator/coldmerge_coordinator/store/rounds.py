@@ -25,6 +25,7 @@ from coldmerge_coordinator.merging.recipes import check_size, resolved
 from coldmerge_coordinator.store import (
     continuous,
     contributions,
+    learned,
     notices,
     releases,
     round_log,
@@ -307,6 +308,7 @@ def _carry_out(session: Session, row: Round, effect: Effect, now: datetime, sign
         inputs = contributions.admitted(session, row.id)
         row.sealed_inputs = [item.manifest_digest for item in inputs]
         row.screening = screening.sealing(session, row, inputs, get_policy(row))
+        row.coefficients = learned.sealing(row, inputs, get_policy(row))
     elif isinstance(effect, state.Publish):
         row.release_number = _publish(session, row, effect.flags, now, signer).number
         trials.mark(session, row)
@@ -328,10 +330,11 @@ def _publish(
         )
     again, parent = replay_of(row), row.base_digest
     if again is None:
-        how = recipe_of(get_policy(row), row)
+        policy = get_policy(row)
+        how = recipe_of(policy, row) | learned.in_recipe(session, row, policy)
     else:
         parent = releases.get_release(session, row.model, again.start).content_digest
-        how = again.recipe() | screening.in_replay(session, row)
+        how = again.recipe() | screening.in_replay(session, row) | learned.in_replay(session, row)
         flags = (*flags, "remerged")
     return releases.publish(
         session,
@@ -378,6 +381,7 @@ def record_evaluation(
             candidate_digest=row.candidate_digest,
             probe_seed=row.probe_seed,
         )
+        learned.check_report(row, get_policy(row), evaluation)
         session.merge(
             Evaluation(
                 round=row.id,

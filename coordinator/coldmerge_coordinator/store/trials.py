@@ -11,7 +11,7 @@ from coldmerge.core.documents import LEAVE_ONE_OUT
 from coldmerge.rounds.isolation import Trial
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.view import RoundView
-from coldmerge_coordinator.store import contributions
+from coldmerge_coordinator.store import contributions, learned
 from coldmerge_coordinator.store.models import Contribution, Round
 
 
@@ -25,6 +25,7 @@ def read(session: Session, row: Round) -> dict[str, Any]:
     inputs = contributions.of_round(session, row.id) if row.left_out else []
     names = {item.manifest_digest: item.contributor for item in inputs}
     return {
+        "search": learned.search_of(row),
         "probe_seed": row.probe_seed,
         "trial": row.trial,
         "left_out": tuple(sorted(names[digest] for digest in row.left_out or ())),
@@ -53,6 +54,7 @@ def columns(session: Session, row: Round, after: RoundView) -> dict[str, Any]:
         if item.contributor in after.left_out and item.manifest_digest in (row.sealed_inputs or ())
     ]
     return {
+        "coefficients": after.search.to_json() if after.search else None,
         "trial": after.trial,
         "left_out": sorted(digests) or None,
         "isolation": {"trials": [trial.to_json() for trial in after.trials]}

@@ -374,7 +374,7 @@ class ContributionGrid(compat.Grid):
         if batch.round_id is None:
             return refusals(asked, "no round was trained: there is no candidate to judge")
         now = self._rounds.get(batch.round_id)
-        if now.state not in {_State.CANDIDATE, *ENDED}:
+        if now.state not in {_State.CANDIDATE, *ENDED} or now.HasField("probe"):
             return []
         if now.candidate_digest and batch.arrays and not now.left_out:
             self._check("candidate", batch.arrays, now.candidate_digest, f"{now.id}'s candidate")
