@@ -164,6 +164,7 @@ def show(
             "examples": item.examples,
             "base": item.base_number,
             "discount": item.discount,
+            "coefficients": dict(item.coefficients),
             "accepted_at": item.accepted_at.ToJsonString(),
             "manifest": item.manifest_digest,
             "reason": item.reason or None,
@@ -182,14 +183,41 @@ def show(
     policy = json.loads(message.policy_json)
     if fmt is Format.JSON:
         row = round_row(message)
-        print_json({**row, "policy": policy, "admitted": contributions, "trials": trials})
+        measured = [{**one, "point": point} for one, point in probe_rows(message)]
+        lists = {"admitted": contributions, "trials": trials, "probes": measured}
+        print_json({**row, "policy": policy, **lists})
         return
     print_record(round_row(message), fmt)
     out.print("\n[bold]policy[/bold]", json.dumps(policy), highlight=False)
-    print_rows(contributions, fmt, empty="Nothing admitted yet.")
+    short = [
+        {**one, "coefficients": short_coefficients(one["coefficients"])} for one in contributions
+    ]
+    print_rows(short, fmt, empty="Nothing admitted yet.")
+    if message.probes:
+        out.print("\n[bold]probes for coefficients[/bold]")
+        print_rows([one for one, _ in probe_rows(message)], fmt, empty="")
     if trials:
         out.print("\n[bold]the search for a bad update[/bold]")
         print_rows(trials, fmt, empty="")
+
+
+def probe_rows(message: Any) -> list[tuple[dict[str, object], list[float]]]:
+    """The probes of a Round message as columns of a table, each with its point."""
+    return [
+        (
+            {"probe": one.number, "evaluators": one.evaluators, "value": round(one.value, 6)},
+            list(one.point),
+        )
+        for one in message.probes
+    ]
+
+
+def short_coefficients(learned: Any) -> str | None:
+    """The coefficient of a contribution, or how far those of its layers lie apart."""
+    found = sorted(learned.values())
+    if not found:
+        return None
+    return f"{found[0]:g}" if found[0] == found[-1] else f"{found[0]:g} to {found[-1]:g}"
 
 
 def _act(method: str, request: Any, folder: Path, fmt: Format) -> None:

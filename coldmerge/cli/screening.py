@@ -18,7 +18,7 @@ from coldmerge.cli.output import (
     when,
 )
 from coldmerge.cli.people import organizations
-from coldmerge.cli.rounds import RoundArgument
+from coldmerge.cli.rounds import RoundArgument, short_coefficients
 from coldmerge.cli.rounds import group as rounds
 
 quarantine = typer.Typer(
@@ -128,6 +128,7 @@ def round_report(
 def _inputs(found: Any, report: Any) -> list[dict[str, object]]:
     merged = {item["manifest"]: item for item in report.get("inputs", ())}
     factors, stale = found.get("factors", {}), found.get("stale", {})
+    learned = found.get("coefficients", {})
     rows = []
     for item in found["contributions"]:
         seen = merged.get(item["manifest"], {})
@@ -138,6 +139,7 @@ def _inputs(found: Any, report: Any) -> list[dict[str, object]]:
                 "norm": item["norm"],
                 "factor": factors.get(item["manifest"]),
                 "discount": stale.get(item["manifest"], {}).get("discount"),
+                "coefficients": short_coefficients(learned.get(item["contributor"], {})),
                 "to_merged": seen.get("cosine_to_merged"),
                 "to_others": seen.get("mean_cosine_to_others"),
                 "reason": item["reason"],

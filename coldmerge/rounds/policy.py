@@ -146,7 +146,7 @@ class CoefficientsPolicy(_Frozen):
     method: Literal["quadratic", "spsa", "fork"] = "quadratic"
     objective: Literal["loss", "entropy", "accuracy"] = "loss"
     granularity: Literal["task", "layer"] = "task"
-    probes: int = Field(default=24, ge=2, le=1000)
+    probes: int = Field(default=24, ge=4, le=1000)
     initial: float = Field(default=0.3, ge=-100, le=100)
     lower: float = Field(default=0.0, ge=-100, le=100)
     upper: float = Field(default=1.0, ge=-100, le=100)

@@ -21,7 +21,7 @@ import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from coldmerge.core import yaml_file
-from coldmerge.core.documents import Identifier
+from coldmerge.core.documents import Consent, Identifier
 from coldmerge.core.errors import ColdmergeError, ConfigError
 from coldmerge.core.validation import first_problem
 from coldmerge.rounds.policy import Duration, RoundTemplate
@@ -49,9 +49,9 @@ class SimulationConfig(Settings):
     `train` is a training configuration; data, seed and threads are the simulation's.
     `overrides` are keys of it that are otherwise for the contributor of that name. `round` is
     a round template; without a `duration` a round takes whoever comes within a simulated day.
-    `at_a_time` bounds how many contributors are asked and not heard of yet, and `patience` how
-    long one answer may take, in real time. `supernodes` is how many the engine `federation`
-    starts: they share the contributors.
+    `consents` are what everybody agrees to, where a round asks. `at_a_time` bounds how many
+    contributors are asked and not heard of yet, and `patience` how long one answer may take, in
+    real time. `supernodes` is how many the engine `federation` starts: they share the contributors.
     """
 
     name: Identifier = "simulation"
@@ -66,6 +66,7 @@ class SimulationConfig(Settings):
     participation: Participation = Participation()
     attackers: tuple[Attacker, ...] = ()
     round: RoundTemplate = RoundTemplate()
+    consents: tuple[Consent, ...] = Field(default=(), max_length=2)
     evaluate: Measuring = Measuring()
     at_a_time: int = Field(default=8, ge=1, le=1000)
     patience: Duration = timedelta(hours=1)

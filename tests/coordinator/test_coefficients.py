@@ -51,7 +51,7 @@ def updates() -> dict[str, dict[str, Floats]]:
 
 
 def a_round(
-    bench: Bench, *, agreed: str = "abc", merge: dict[str, object] | None = None, **learns: object
+    bench: Bench, *, agreed: str = "abc", merge: dict[str, Any] | None = None, **learns: Any
 ) -> str:
     """Three contributions, sealed and not merged yet."""
     bench.add_model(random(0, 1.0))
@@ -263,7 +263,8 @@ def test_the_record_names_the_coefficients_and_a_forged_one_is_found(bench: Benc
         named = {i.contributor: record.recipe[f"coefficient.{i.manifest_digest}"] for i in inputs}
         assert named == {name: kept[""] for name, kept in found.items()}
         assert record.recipe["coefficients.method"] == "quadratic"
-        assert record.recipe["coefficients.measured"] == len((bench.round(round_id).coefficients or {})["probes"])
+        measured = (bench.round(round_id).coefficients or {})["probes"]
+        assert record.recipe["coefficients.measured"] == len(measured)
         key = f"coefficient.{inputs[0].manifest_digest}"
         forged = record.model_copy(update={"recipe": {**record.recipe, key: 0.123}})
         signed = bench.store.signer.sign(forged)
@@ -288,7 +289,7 @@ def test_a_re_merge_repeats_the_coefficients(bench: Bench) -> None:
     np.testing.assert_allclose(got, random(0, 1.0)["layer.0.weight"] + mean, atol=2e-7)
     assert verified(bench, 2) == ("exact", [])
     recipe = ReleaseRecord.parse(bench.release().record).recipe
-    assert sorted(v for k, v in recipe.items() if k.startswith("coefficient.")) == sorted([a, b])
+    assert {v for k, v in recipe.items() if k.startswith("coefficient.")} == {a, b}
 
 
 @pytest.mark.parametrize(
@@ -300,11 +301,11 @@ def test_a_re_merge_repeats_the_coefficients(bench: Bench) -> None:
     ],
 )
 def test_a_method_that_cannot_weigh_is_refused(
-    bench: Bench, merge: dict[str, object], code: str
+    bench: Bench, merge: dict[str, Any], code: str
 ) -> None:
-    method = merge.pop("method")
+    learns = {key: value for key, value in merge.items() if key != "method"}
     with pytest.raises(ConfigError) as caught:
-        a_round(bench, merge={"method": method}, **merge)
+        a_round(bench, merge={"method": merge["method"]}, **learns)
     assert caught.value.code == code
 
 

@@ -102,7 +102,12 @@ def genuine() -> dict[str, Signed]:
         entry("layer.weight.lora_A", (2, 3), bytes(12), "BF16"),
         entry("layer.weight.lora_B", (4, 2), bytes(16), "BF16"),
     )
-    common: dict[str, Any] = {"federation": "hub", "model": "m", "round": "round-1", "contributor": "org-a"}
+    common: dict[str, Any] = {
+        "federation": "hub",
+        "model": "m",
+        "round": "round-1",
+        "contributor": "org-a",
+    }
     scores = Scores(accuracy=0.5, macro_f1=0.25)
     documents: dict[str, Document] = {
         "manifest-full": manifest(whole),

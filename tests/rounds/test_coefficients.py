@@ -92,7 +92,7 @@ def test_a_bowl_is_searched_as_scipy_does(
     method=st.sampled_from(METHODS),
     count=st.integers(1, 7),
     by_layer=st.booleans(),
-    probes=st.integers(2, 40),
+    probes=st.integers(4, 40),
     seed=st.integers(0, 2**31),
     numbers=st.lists(st.floats(-5, 5), min_size=40, max_size=40),
 )
@@ -374,7 +374,7 @@ def test_a_probe_that_cannot_be_merged_ends_the_search(judge: Judge, probes: int
     [
         ({"lower": 1.0, "upper": 0.0}, "upper must be above lower"),
         ({"initial": 2.0}, "between lower and upper"),
-        ({"probes": 1}, "greater than or equal to 2"),
+        ({"probes": 3}, "greater than or equal to 4"),
         ({"method": "adam"}, "quadratic"),
         ({"initial": float("nan")}, "finite"),
     ],

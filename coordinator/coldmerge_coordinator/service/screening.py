@@ -24,6 +24,7 @@ from coldmerge_coordinator.store import (
     continuous,
     contribution_log,
     contributions,
+    learned,
     people,
     rounds,
 )
@@ -133,8 +134,12 @@ class ScreeningService(screening_pb2_grpc.ScreeningServicer):
         with self._store.database.read() as session:
             row = rounds.get(session, round_id)
             rows = contributions.of_round(session, round_id)
+            learnt = learned.weights_of(row)
             body = {
                 **(row.screening or {}),
+                "coefficients": {name: dict(kept) for name, kept in learnt.of.items()}
+                if learnt
+                else {},
                 "contributions": [
                     {
                         "contribution": item.id,

@@ -216,6 +216,8 @@ def _train(home: Home, values: Values) -> tuple[Values, Files]:
         nonce=derive.token(seed, "nonce", home.name, home.number),
         now=datetime.fromisoformat(values["now"]),
     )
+    if values["consents"]:
+        manifest = manifest.model_copy(update={"consents": tuple(values["consents"])})
     signed = sign(manifest, derive.identity(seed, home.name))
     said = {"signed": signed_values(signed), "metrics": dict(trained.metrics)}
     if home.shared:
@@ -288,6 +290,7 @@ def _evaluate(home: Home, values: Values) -> tuple[Values, Files]:
         candidate,
         int(values["probe_seed"]),
         home.folder / "cache",
+        objective=values["objective"],
     )
     evaluation = papers.evaluation(
         addressed,

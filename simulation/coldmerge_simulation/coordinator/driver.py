@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from coldmerge.core.documents import LEARN_COEFFICIENTS, LEAVE_ONE_OUT, Consent
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import State
-from coldmerge_coordinator.store import contributions, rounds
+from coldmerge_coordinator.store import contributions, learned, rounds
 from coldmerge_coordinator.store.models import Round
 from coldmerge_simulation import data
 from coldmerge_simulation.config import SimulationConfig
@@ -148,7 +149,7 @@ class _Run:
         while State(row.state).active:
             if row.state == State.CANDIDATE:
                 self._judge(row, entry)
-                row = self.hub.close_judging(row.id)
+                row = self._after_judging(row)
             else:
                 self.progress(f"round {number}: merging", 0, 1)
                 row = self.hub.merge(row.id)
@@ -157,6 +158,14 @@ class _Run:
         latest = self.hub.latest()
         self.arrivals.end(self.hub.clock.now(), (latest.number, latest.content_digest))
         return self._line(row, entry)
+
+    def _after_judging(self, row: Round) -> Round:
+        """The round once the gate has decided, or the probe is measured: its model is done with."""
+        candidate, probing = row.candidate_digest, self._objective(row) is not None
+        row = self.hub.close_judging(row.id)
+        if candidate is not None and probing and candidate != row.base_digest:
+            self._remove({candidate})
+        return row
 
     def _come_back(self, row: Round, entry: _Entry) -> None:
         """Go on with a round whose admission was over: with what was written down of it."""
@@ -203,7 +212,7 @@ class _Run:
 
     def _training(self, row: Round, coming: Sequence[Coming]) -> Iterator[Order]:
         merge = self.config.round.merge.model_dump(mode="json")
-        private = self.hub.private()
+        private, consents = self.hub.private(), self._consents()
         for one in coming:
             values = {
                 **self._about(row, one.turn, one.name),
@@ -212,10 +221,18 @@ class _Run:
                 "now": one.at.isoformat(),
                 "merge": merge,
                 "private": private,
+                "consents": consents,
                 "head": self.heads.get(one.name),
                 "attack": None if one.attack is None else one.attack.model_dump(mode="json"),
             }
             yield self._order(TRAIN, one.name, values, (one.base_digest,))
+
+    def _consents(self) -> list[Consent]:
+        """What everybody agrees to, of what the rounds ask."""
+        rules = self.config.round
+        singles = rules.gate is not None and rules.gate.isolate_singles
+        asked = {LEAVE_ONE_OUT: singles, LEARN_COEFFICIENTS: rules.merge.coefficients is not None}
+        return [one for one in self.config.consents if asked[one]]
 
     def _about(self, row: Round, number: int, name: str) -> dict[str, Any]:
         return {
@@ -291,12 +308,18 @@ class _Run:
             if self.hub.get(row.id).state != State.CANDIDATE:
                 return
 
+    def _objective(self, row: Round) -> str | None:
+        """What is asked about the candidate at hand, if it is a probe."""
+        rules, search = rounds.get_policy(row).merge.coefficients, learned.search_of(row)
+        return rules.objective if rules and search and not search.done else None
+
     def _judging(self, row: Round, number: int, names: tuple[str, ...]) -> Iterator[Order]:
-        candidate = row.candidate_digest or ""
+        candidate, objective = row.candidate_digest or "", self._objective(row)
         for name in names:
             values = {
                 **self._about(row, number, name),
                 "candidate": candidate,
+                "objective": objective,
                 "probe_seed": row.probe_seed,
                 "now": self.hub.clock.now().isoformat(),
             }
@@ -325,10 +348,16 @@ class _Run:
             "bytes": sum(i.payload_bytes for i in known.values() if i.state == _ADMITTED),
             "quarantined": sorted(n for n, s in states.items() if s != _ADMITTED),
             **{key: value for key, value in vars(entry).items() if key != "number"},
+            "coefficients": self._coefficients(row),
             "turns": entry.turns if self.config.round.continuous else {},
             "under_way": self.arrivals.state(),
             "simulated_time": self.hub.clock.now().isoformat(),
         }
+
+    def _coefficients(self, row: Round) -> dict[str, dict[str, float]]:
+        """What the round learned, by contributor and layer ("" where layers share one)."""
+        found = learned.weights_of(row)
+        return {name: dict(kept) for name, kept in found.of.items()} if found else {}
 
     def _tidy(self, round_id: str) -> None:
         """Remove what no later round needs."""
@@ -337,6 +366,12 @@ class _Run:
         for path in self.folder.models.glob("*"):
             if path.name not in {digest[:32] for digest in kept}:
                 shutil.rmtree(path, ignore_errors=True)
-        for node, digest in [pair for pair in self.holding if pair[1] not in kept]:
+        self._remove({digest for _, digest in self.holding if digest not in kept})
+
+    def _remove(self, digests: set[str]) -> None:
+        """Remove models here, and from every node with the next order that it gets."""
+        for digest in digests:
+            shutil.rmtree(self.folder.models / digest[:32], ignore_errors=True)
+        for node, digest in [pair for pair in self.holding if pair[1] in digests]:
             self.holding.remove((node, digest))
             self.dropped[node].add(digest[:32])
