@@ -203,6 +203,19 @@ def stopped(search: Search, policy: CoefficientsPolicy, why: str) -> Search:
     return _ended(search, policy, f"the best of {len(search.probes)} probes: {why}")
 
 
+def follows(search: Search, policy: CoefficientsPolicy, seed: int) -> bool:
+    """Whether each probe, and what was chosen in the end, follows from the reports before it."""
+    start = (policy.initial,) * len(search.point)
+    at = replace(search, point=start, probes=(), done=False)
+    for probe in search.probes:
+        if at.done or at.point != probe.point:
+            return False
+        at = advance(at, policy, probe.number, probe.reports, seed)
+    if search.done and not at.done:
+        at = stopped(at, policy, search.why)
+    return (at.point, at.done) == (search.point, search.done)
+
+
 def _ended(search: Search, policy: CoefficientsPolicy, why: str) -> Search:
     best = (policy.initial,) * len(search.point)
     if search.probes:

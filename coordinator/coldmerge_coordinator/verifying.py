@@ -232,6 +232,7 @@ def _learned(session: Session, record: ReleaseRecord) -> Iterator[str]:
     said = {key: value for key, value in record.recipe.items() if key.startswith("coefficient")}
     if said != want:
         yield "the record names other coefficients than the round learned"
+    yield from learned.problems(session, row, rounds.get_policy(row))
 
 
 def _is_signed(manifest: Signed, known: Iterable[bytes]) -> bool:

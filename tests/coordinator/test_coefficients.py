@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import inspect
+from sqlalchemy import inspect, select
 
 from coldmerge.core.documents import ReleaseRecord, sign
 from coldmerge.core.errors import ConfigError, ManifestError
@@ -18,6 +20,7 @@ from coldmerge_coordinator.service import admin
 from coldmerge_coordinator.service.messages import admitted_message, round_message
 from coldmerge_coordinator.store import Store, contributions, learned, releases, rounds
 from coldmerge_coordinator.store.database import downgrade, migrate
+from coldmerge_coordinator.store.models import AuditLeaf
 from coldmerge_coordinator.verifying import verify_release
 from coldmerge_coordinator.worker import run_once
 from tests.support import evaluation
@@ -272,6 +275,33 @@ def test_the_record_names_the_coefficients_and_a_forged_one_is_found(bench: Benc
     answer, problems = verified(bench, 1)
     assert answer == "different"
     assert "the record names other coefficients than the round learned" in problems
+
+
+def test_other_numbers_than_the_signed_ones_are_found(bench: Bench) -> None:
+    round_id = a_round(bench)
+    learn(bench, round_id)
+    with bench.store.database.write() as session:
+        row = rounds.get(session, round_id)
+        search = copy.deepcopy(row.coefficients or {})
+        search["probes"][2]["reports"]["a"] = -0.9
+        row.coefficients = search
+    answer, problems = verified(bench, 1)
+    assert answer == "different"
+    assert "probe 3 was not measured as its signed evaluations say" in problems
+    assert "the coefficients do not follow from what was reported of the probes" in problems
+
+
+def test_the_audit_log_has_every_probe(bench: Bench) -> None:
+    round_id = a_round(bench)
+    learn(bench, round_id)
+    with bench.store.database.read() as session:
+        leaves = list(session.scalars(select(AuditLeaf).where(AuditLeaf.kind == "round.probed")))
+        kinds = [one.kind for one in session.scalars(select(AuditLeaf))]
+    measured = (bench.round(round_id).coefficients or {})["probes"]
+    assert len(leaves) == len(measured)
+    assert len({json.loads(leaf.document)["detail"]["search"] for leaf in leaves}) == len(measured)
+    assert "round.trial_started" not in kinds
+    assert kinds.count("gate.decided") == 1
 
 
 def test_a_re_merge_repeats_the_coefficients(bench: Bench) -> None:

@@ -52,6 +52,7 @@ def searched(policy: CoefficientsPolicy, search: Search, loss: Loss, seed: int =
         assert len(search.probes) < policy.probes
         search = coefficients.advance(search, policy, len(search.probes), loss(search), seed)
         search = Search.from_json(search.to_json())  # a crash between any two probes
+    assert coefficients.follows(search, policy, seed)
     return search
 
 

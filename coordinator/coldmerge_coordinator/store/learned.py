@@ -5,7 +5,9 @@ It is written when the round seals, and moves on with the round's other columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from sqlalchemy import select
@@ -21,6 +23,7 @@ from coldmerge.rounds.coefficients import Search, Weights
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge_coordinator.store import contributions
 from coldmerge_coordinator.store.models import Contribution, Round
+from coldmerge_coordinator.store.models import Evaluation as EvaluationRow
 from coldmerge_coordinator.store.releases import Recipe
 
 MOST = 8192
@@ -88,6 +91,29 @@ def check_report(row: Round, policy: RoundPolicy, evaluation: Evaluation) -> Non
             "`loss` and `entropy` with its predictions.",
             round=row.id,
         )
+
+
+def digest(row: Round) -> str:
+    """sha256 of what was tried and reported so far, for the audit log."""
+    raw = json.dumps(row.coefficients, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(raw.encode()).hexdigest()
+
+
+def problems(session: Session, row: Round, policy: RoundPolicy) -> Iterator[str]:
+    """What is wrong with a search that has ended: whether it does what the signed reports say."""
+    rules, search = policy.merge.coefficients, search_of(row)
+    if rules is None or search is None:
+        return
+    query = select(EvaluationRow).where(EvaluationRow.round == row.id)
+    said: dict[int, dict[str, float | None]] = {}
+    for item in session.scalars(query):
+        value = coefficients.asked(rules, Evaluation.parse(item.document))
+        said.setdefault(item.trial, {})[item.contributor] = value
+    for probe in search.probes:
+        if not probe.reports.items() <= said.get(probe.number, {}).items():
+            yield f"probe {probe.number + 1} was not measured as its signed evaluations say"
+    if not coefficients.follows(search, rules, row.probe_seed):
+        yield "the coefficients do not follow from what was reported of the probes"
 
 
 def in_recipe(session: Session, row: Round, policy: RoundPolicy) -> Recipe:

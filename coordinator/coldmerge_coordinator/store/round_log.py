@@ -12,6 +12,7 @@ from coldmerge.rounds import state
 from coldmerge.rounds.state import Event, RoundView, State
 from coldmerge_coordinator import audit
 from coldmerge_coordinator.audit import Scalar
+from coldmerge_coordinator.store import learned
 from coldmerge_coordinator.store.models import Round
 
 _STATES = {
@@ -67,13 +68,13 @@ def _kinds(row: Round, before: RoundView, event: Event) -> list[str]:
     changed, now = row.state != before.state, State(row.state)
     found = [_EVENTS[type(event)]] if type(event) in _EVENTS else []
     judged = before.state is State.CANDIDATE and isinstance(event, _BY_THE_GATE)
-    if judged and (changed or row.held != before.held):
+    if judged and not before.probing and (changed or row.held != before.held):
         found.append("gate.decided")
     if isinstance(event, state.Tick) and not changed and row.closes_at != before.closes_at:
         found.append("round.extended")
     retried = now is State.SEALED and before.state is State.MERGING
     if changed and now is State.SEALED and before.state is State.CANDIDATE:
-        found.append("round.trial_started")
+        found.append("round.probed" if before.probing else "round.trial_started")
     elif changed and now in _STATES and not retried:
         found.append(_STATES[now])
     return found
@@ -87,6 +88,8 @@ def _detail(row: Round, kind: str) -> dict[str, Scalar]:
     found: dict[str, Scalar] = {}
     if row.trial:
         found |= {"trial": row.trial, "left_out": len(row.left_out or ())}
+    if kind == "round.probed":
+        found["search"] = learned.digest(row)
     if row.sealed_inputs is not None:
         found["inputs"] = len(row.sealed_inputs)
         found["inputs_root"] = merkle_root(bytes.fromhex(one) for one in row.sealed_inputs)
