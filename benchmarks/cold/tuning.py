@@ -72,7 +72,7 @@ def predict(
     collate = batches.Collator(tokenizer)
     quick = config.model_copy(update={"batch_size": 64})
     sorted_examples = [labelled[place] for place in order]
-    _, found = predict_labels(model, sorted_examples, collate, quick, len(order))
+    found = predict_labels(model, sorted_examples, collate, quick, len(order)).predicted
     place = {label: position for position, label in enumerate(task.labels)}
     predicted = np.zeros(len(order), np.int64)
     predicted[order] = [place[head.labels[best]] for best in found.tolist()]

@@ -20,7 +20,7 @@ from coldmerge_client.session import Session
 from coldmerge_coordinator.store import Store, learned, rounds
 from coldmerge_coordinator.verifying import verify_release
 from tests.client.conftest import Coordinator
-from tests.client.test_contribute import Member, config_of
+from tests.client.members import Member, config_of
 from tests.support import until
 
 TRAINER = '''

@@ -15,6 +15,7 @@ import yaml
 from coldmerge import __version__
 from coldmerge.cli.app import app
 from coldmerge.rounds.policy import (
+    CoefficientsPolicy,
     ContinuousPolicy,
     GatePolicy,
     MergePolicy,
@@ -60,10 +61,19 @@ def test_the_sample_of_continuous_rounds_is_a_valid_template() -> None:
     assert set(yaml.safe_load(path.read_text())["continuous"]) == set(type(rule).model_fields)
 
 
+def test_the_sample_of_learned_coefficients_is_a_valid_template() -> None:
+    path = DOCS / "samples" / "coefficients.yaml"
+    rules = load_yaml(path).merge.coefficients
+    assert rules is not None
+    written = yaml.safe_load(path.read_text())["merge"]["coefficients"]
+    assert set(written) == set(type(rules).model_fields)
+
+
 @pytest.mark.parametrize(
     ("prefix", "policy"),
     [
         ("", RoundTemplate),
+        ("merge.coefficients.", CoefficientsPolicy),
         ("continuous.", ContinuousPolicy),
         ("gate.", GatePolicy),
         ("merge.", MergePolicy),
