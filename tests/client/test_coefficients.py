@@ -153,4 +153,5 @@ def test_a_trainer_without_numbers_is_done_without(coordinator: Coordinator, mem
     learn(coordinator, a, b, mute, window="2s", probes=4)
     assert [one.state for one in mute.ended] == [common_pb2.Round.PUBLISHED]
     assert mute.kinds().count("evaluated") == 1
-    assert mute.kinds().count("skipped") == a.kinds().count("evaluated") - 1 >= 3
+    assert "skipped" in mute.kinds()
+    assert a.kinds().count("evaluated") > 1

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
@@ -34,6 +34,7 @@ from coldmerge.rounds.state import (
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 NAMES = tuple(f"org-{number:02}" for number in range(24))
 METHODS = ("quadratic", "spsa", "fork")
+QUICK = settings(deadline=None, max_examples=40)
 Judge = Callable[..., Evaluation]
 Loss = Callable[[Search], Mapping[str, float]]
 
@@ -89,6 +90,7 @@ def test_a_bowl_is_searched_as_scipy_does(
     assert value(found.point) <= value((0.3,) * 5)
 
 
+@QUICK
 @given(
     method=st.sampled_from(METHODS),
     count=st.integers(1, 7),
@@ -115,6 +117,7 @@ def test_every_search_ends_inside_its_bounds_with_the_best_that_was_measured(
     assert measured[points.index(found.point)] <= min(measured[0], min(measured) + 1e-9)
 
 
+@QUICK
 @given(st.sampled_from(METHODS), st.integers(1, 30), st.integers(0, 2**31))
 def test_a_search_is_resumed_from_its_values(method: str, upto: int, seed: int) -> None:
     policy = rules(method=method, probes=30)
@@ -148,6 +151,7 @@ def test_too_small_a_budget_for_all_axes_is_spent_on_some() -> None:
     assert 3 <= len(moved) <= 8
 
 
+@QUICK
 @given(
     count=st.integers(1, 24),
     alone=st.sets(st.sampled_from(NAMES)),
@@ -207,6 +211,7 @@ reports = st.lists(
 )
 
 
+@QUICK
 @given(reports)
 def test_values_depend_on_no_later_report(rows: list[dict[str, float]]) -> None:
     whole = values(rows, 3)
@@ -214,6 +219,7 @@ def test_values_depend_on_no_later_report(rows: list[dict[str, float]]) -> None:
     assert whole[0] == 0
 
 
+@QUICK
 @given(
     honest=st.lists(st.lists(st.floats(0, 5), min_size=4, max_size=4), min_size=2, max_size=10),
     lies=st.lists(st.floats(-1e4, 1e4), min_size=10, max_size=10),
