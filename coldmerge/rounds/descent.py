@@ -78,6 +78,8 @@ def quadratic(box: Box) -> Steps:
         if target != centre:
             measured.append(((yield target), target))
             left -= 1
+        if len(measured) == 1:
+            return  # the steps are smaller than what a coefficient is rounded to
         best, at = min(measured, key=lambda one: one[0])
         step *= 0.7 if best < value else 0.5
         value, centre = best, at
@@ -140,13 +142,19 @@ def fork(box: Box, branches: Sequence[Point]) -> Steps:
 
 
 def replayed(steps: Steps, values: Sequence[float], budget: int) -> Point | None:
-    """What a search asks for next, after these values; None: nothing any more."""
+    """What a search asks for next, after these values; None: nothing any more.
+
+    A point that was measured is not measured again.
+    """
     if len(values) >= budget:
         return None
+    known: dict[Point, float] = {}
     try:
         point = next(steps)
         for value in values:
-            point = steps.send(value)
+            known[point] = value
+            while point in known:
+                point = steps.send(known[point])
     except StopIteration:
         return None
     return point
