@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -21,6 +23,7 @@ from coldmerge_coordinator.store import Store, learned, rounds
 from coldmerge_coordinator.verifying import verify_release
 from tests.client.conftest import Coordinator
 from tests.client.members import Member, config_of
+from tests.federation import COLDMERGE, environment
 from tests.support import until
 
 TRAINER = '''
@@ -91,6 +94,13 @@ def probed(watcher: Session, round_id: str, count: int) -> bool:
     return watcher.round(round_id).trial >= count
 
 
+def show(coordinator: Coordinator, round_id: str, *options: str) -> str:
+    command = [*COLDMERGE, "round", "show", round_id, "--dir", str(coordinator.folder), *options]
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=True
+    ).stdout
+
+
 def learn(coordinator: Coordinator, *members: Member, kills: int = 0, **learns: Any) -> str:
     """One round; the coordinator is killed `kills` times while it learns."""
     merge = {"coefficients": {**LEARNS, **learns}}
@@ -119,6 +129,7 @@ def test_noise_counts_for_little_though_the_coordinator_is_killed_between_probes
     lost = members("org-c", 3, AGREED, lost=True)
     round_id = learn(coordinator, a, b, lost, kills=2)
     assert [one.state for one in a.ended] == [common_pb2.Round.PUBLISHED]
+    shown, told = show(coordinator, round_id, "--format", "json"), show(coordinator, round_id)
     coordinator.stop()
     with Store.open(coordinator.folder) as store:
         with store.database.read() as session:
@@ -127,6 +138,10 @@ def test_noise_counts_for_little_though_the_coordinator_is_killed_between_probes
             probes = (row.coefficients or {})["probes"]
         found = verify_release(store, "m", 1, coordinator.folder.parent)
     assert weights is not None
+    admitted = {one["contributor"]: one["coefficients"] for one in json.loads(shown)["admitted"]}
+    assert admitted == {name: dict(kept) for name, kept in weights.of.items()}
+    assert [one["point"] for one in json.loads(shown)["probes"]] == [p["point"] for p in probes]
+    assert "probes for coefficients" in told
     assert weights.weight("org-c", "") < 0.5 * min(
         weights.weight(name, "") for name in ("org-a", "org-b")
     )

@@ -9,7 +9,7 @@ import pytest
 
 from coldmerge_coordinator.store import Store
 from coldmerge_coordinator.verifying import verify_release
-from coldmerge_simulation import Simulation, simulate
+from coldmerge_simulation import Simulation, SimulationConfig, simulate
 from tests.simulation.settings import digests, settings
 
 
@@ -61,6 +61,13 @@ def test_every_objective_is_answered(tmp_path: Path, learns: dict[str, Any]) -> 
     layers = {group for kept in line["coefficients"].values() for group in kept}
     assert (len(layers) > 1) == (learns.get("granularity") == "layer")
     assert verified(found, tmp_path) == ("exact", [])
+
+
+def test_the_example_is_a_simulation() -> None:
+    path = Path(__file__).parents[3] / "examples" / "coefficients.yaml"
+    rules = SimulationConfig.load(path).round.merge.coefficients
+    assert rules is not None
+    assert rules.probes == 14
 
 
 def test_without_consent_two_share_a_coefficient(tmp_path: Path) -> None:
