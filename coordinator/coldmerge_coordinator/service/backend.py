@@ -40,16 +40,8 @@ class Backend:
         Raises:
             ColdmergeError: revoked or expired meanwhile.
         """
-        await asyncio.to_thread(self.recheck_now, who)
-
-    def recheck_now(self, who: Caller) -> None:
-        """`recheck`, for code that runs on a thread already.
-
-        Raises:
-            ColdmergeError: revoked or expired meanwhile.
-        """
         if who.peer is not None:
-            check_machine(self.store, who.peer, self.clock.now())
+            await asyncio.to_thread(check_machine, self.store, who.peer, self.clock.now())
 
     def close(self) -> None:
         """Wait for the threads."""

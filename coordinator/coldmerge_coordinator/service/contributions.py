@@ -24,7 +24,6 @@ from coldmerge_coordinator.service.rules import own
 from coldmerge_coordinator.service.uploads import LiveUpload
 from coldmerge_coordinator.store.models import Contribution
 
-RECHECK_CHUNKS = 8
 RECHECK_SECONDS = 1.0
 MAX_LISTED = 1000
 
@@ -66,7 +65,7 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
         who, backend = caller(), self._backend
         live: LiveUpload | None = None
         ticket = 0
-        watch = _Watch(self._backend, self._intake, who)
+        watch = _Watch(self._backend, self._intake)
         try:
             async for request in brisk(requests, self._store.config.limits.idle_seconds):
                 if live is None:
@@ -149,25 +148,22 @@ class ContributionsService(contributions_pb2_grpc.ContributionsServicer):
 
 
 class _Watch:
-    """Within a stream: looks every few chunks, and every second, whether it may go on."""
+    """Within a stream: looks every second whether its round still takes what comes.
 
-    def __init__(self, backend: Backend, intake: Intake, who: Caller) -> None:
-        self._backend, self._intake, self._who = backend, intake, who
-        self._chunks = 0
+    Whether the caller still may call at all, the sentry looks.
+    """
+
+    def __init__(self, backend: Backend, intake: Intake) -> None:
+        self._backend, self._intake = backend, intake
         self._looked = time.monotonic()
 
     async def look(self, live: LiveUpload) -> None:
         self._backend.pulse.check_running()
-        self._chunks += 1
         now = time.monotonic()
-        if self._chunks < RECHECK_CHUNKS and now - self._looked < RECHECK_SECONDS:
+        if now - self._looked < RECHECK_SECONDS:
             return
-        self._chunks, self._looked = 0, now
-        await asyncio.to_thread(self._look, live)
-
-    def _look(self, live: LiveUpload) -> None:
-        self._backend.recheck_now(self._who)
-        self._intake.check_admissible(live)
+        self._looked = now
+        await asyncio.to_thread(self._intake.check_admissible, live)
 
 
 def _check_chunk(upload: str, data: bytes, live: LiveUpload) -> None:

@@ -21,8 +21,6 @@ from coldmerge_coordinator.service.messages import (
 from coldmerge_coordinator.store import keys, releases
 from coldmerge_coordinator.store.blobs import Readable
 
-RECHECK_CHUNKS = 8
-
 
 class ModelsService(models_pb2_grpc.ModelsServicer):
     """Reading: the same answers for every role."""
@@ -111,12 +109,10 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
         self, request: models_pb2.ReadBlobRequest, _context: Any
     ) -> AsyncIterator[common_pb2.Chunk]:
         """The bytes of a tensor or file of a release or candidate."""
-        who, backend = caller(), self._backend
+        backend = self._backend
         file = await asyncio.to_thread(self._open_blob, request)
         try:
-            for index, offset in enumerate(range(request.offset, file.size, CHUNK_BYTES)):
-                if index % RECHECK_CHUNKS == RECHECK_CHUNKS - 1:
-                    await backend.recheck(who)
+            for offset in range(request.offset, file.size, CHUNK_BYTES):
                 backend.pulse.check_running()
                 stop = min(offset + CHUNK_BYTES, file.size)
                 data = await backend.bulk(partial(file.read, offset, stop))
