@@ -54,7 +54,7 @@ BEAT = timedelta(seconds=5)
 RETRY = timedelta(seconds=5)
 RETRY_FULL = timedelta(seconds=30)
 STALE = timedelta(minutes=10)
-POLL_SECONDS = 0.3
+POLL_SECONDS = 0.1
 _PASSING = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
 )

@@ -97,10 +97,10 @@ def build(blobs: BlobStore, work: Work, beat: Beat) -> Candidate:
     moved = frozenset(step.before.names).union(*(vector.names for vector in vectors))
     moving = [entry for entry in work.base.tensors if entry.name in moved]
     check_room(blobs.folder, _needed(moving, optimizer), "the candidate and its fp32 master")
-    for sealed, vector in zip(work.inputs, vectors, strict=True):
-        _verify(sealed, vector, beat)
     published, masters = dict(work.base.by_name), dict(work.masters)
     with Pool(min(processors(), MAX_THREADS)) as pool:
+        pairs = list(zip(work.inputs, vectors, strict=True))
+        pool.spread(lambda pair: _verify(*pair, beat), pairs)
         job = _job(blobs, work, _bounded(work, vectors, pool, beat))
         likeness = Likeness(job.inputs)
         job.survey(pool)

@@ -14,7 +14,7 @@ from coldmerge_coordinator.store.models import Contributor, Machine, Release, Ro
 
 log = structlog.get_logger(__name__)
 
-EVERY = 0.25
+EVERY = 0.1
 AT_LEAST_EVERY = 30.0
 
 
