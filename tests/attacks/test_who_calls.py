@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -179,17 +180,21 @@ def test_revocation_ends_an_upload_in_mid_stream(live: Live) -> None:
     org = live.machine("a")
     manifest, payload = org.manifest(live.open_round(min_contributions=1), deltas())
     begun = org.begin(manifest)
-    sent: list[int] = []
+    ended = threading.Event()
 
     def requests() -> Iterator[contributions_pb2.WriteRequest]:
         for offset in range(0, len(payload), 4):
             if offset == 40:
                 _revoke(live, "a")
-            sent.append(offset)
+            if offset + 4 >= len(payload):
+                ended.wait(30)  # whoever is shut out is hung up on before
             yield chunk(begun.upload_id, offset, payload[offset : offset + 4])
 
     with pytest.raises(PermissionDeniedError) as caught:
-        org.stream(requests())
+        try:
+            org.stream(requests())
+        finally:
+            ended.set()
     assert caught.value.code == "auth.revoked"
     with live.store.database.read() as session:
         assert session.get_one(Upload, begun.upload_id).committed_size < len(payload)
