@@ -190,11 +190,11 @@ def test_revocation_ends_an_upload_in_mid_stream(live: Live) -> None:
                 ended.wait(30)  # whoever is shut out is hung up on before
             yield chunk(begun.upload_id, offset, payload[offset : offset + 4])
 
-    with pytest.raises(PermissionDeniedError) as caught:
-        try:
+    try:
+        with pytest.raises(PermissionDeniedError) as caught:
             org.stream(requests())
-        finally:
-            ended.set()
+    finally:
+        ended.set()
     assert caught.value.code == "auth.revoked"
     with live.store.database.read() as session:
         assert session.get_one(Upload, begun.upload_id).committed_size < len(payload)
