@@ -11,7 +11,6 @@ where it stopped.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import platform
@@ -46,8 +45,9 @@ from benchmarks.cold.planning import (
 from benchmarks.cold.recipes import STUDIES, Federation, load, study
 from benchmarks.cold.sets import Split, read
 from benchmarks.cold.summary import summary, text
-from coldmerge.core.errors import ColdmergeError, ConfigError, ConflictError
+from coldmerge.core.errors import ColdmergeError, ConfigError
 from coldmerge.rounds.policy import parse_duration
+from coldmerge_client.files import exclusive
 
 EXAMPLE = """example:
   python -m benchmarks.cold --data ~/sets --rounds 3 --seeds 3 --budget 90m --out runs/cold
@@ -91,7 +91,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = (options.model or minilm()).absolute()
     digest = digest_of(Checkpoint.open(model))
     outcome, bar = Outcome(options.out), Bar()
-    with _alone(outcome.folder), _pool() as pool:
+    with (
+        exclusive(outcome.folder / "lock", f"the study in {outcome.folder}", wait=False),
+        _pool() as pool,
+    ):
         asked = Parts(
             recipes=study(options.study),
             baselines=BASELINES if options.study == "main" else (),
@@ -307,22 +310,6 @@ def _pool() -> Iterator[ProcessPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else works in the folder meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConflictError(
-                "cold.running",
-                f"Another process works in {folder}.",
-                hint="Wait for it, or choose another --out.",
-            ) from error
-        yield
 
 
 def _list(said: str) -> tuple[str, ...]:

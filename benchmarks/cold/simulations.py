@@ -88,7 +88,7 @@ def simulate(
 ) -> Simulated:
     """Run a simulation to its end, or go on with it, below `work`.
 
-    The file it was run from stays, as `work/simulations/<variant>-<seed>.yaml`: it can be run
+    The file it was run from stays, as `scratch/simulations/<variant>-<seed>.yaml`: it can be run
     by hand.
 
     Raises:

@@ -61,7 +61,7 @@ class Study:
         self.outcome, self.pool, self.bar, self.tunes = outcome, pool, bar, tunes
         self.base_digest, self.base = base
         self.seeds = tuple(range(first_seed, first_seed + parts.seeds))
-        self.work = outcome.folder.absolute() / "work"
+        self.work = outcome.folder.absolute() / "scratch"
         self.failed: dict[str, str] = {}
         self._queue: list[_Job] = []
         self._count = itertools.count()

@@ -64,7 +64,8 @@ def test_each_failure_in_a_row_doubles_the_pause_up_to_a_day(
     ended = [Ended(state, NOW - timedelta(hours=at)) for at, state in enumerate(failures)]
     opens = reopens_at(policy, [*ended, Ended(State.PUBLISHED, NOW)])
     assert opens is not None
-    expected = max(pause, min(pause * 2 ** (len(failures) - 1), LONGEST_PAUSE))
+    doubled = min(seconds * 2 ** (len(failures) - 1), int(LONGEST_PAUSE.total_seconds()))
+    expected = max(pause, timedelta(seconds=doubled))
     assert opens - NOW == expected
     assert opens == reopens_at(policy, ended), "a release before them changes nothing"
 
