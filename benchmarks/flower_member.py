@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from coldmerge.core.checkpoint import Checkpoint
-from coldmerge.core.checkpoint_writer import CheckpointWriter
-from coldmerge.core.dtypes import blocks
 from coldmerge.core.progress import Progress, silent
 from coldmerge_client.contribute import Terms, contribute
 from coldmerge_client.home import Home
@@ -30,13 +29,14 @@ class Constant:
         self.constant = np.float32(config.options["constant"])
 
     def train(self, job: TrainJob, _progress: Progress = silent) -> Trained:
-        """Write the release, moved."""
+        """Save the release, moved, as trainers do: from memory."""
         base, folder = Checkpoint.open(job.release), job.out / "model"
-        with CheckpointWriter(folder) as writer:
-            writer.declare(list(base.tensors.values()))
-            for name, spec in base.tensors.items():
-                for start, stop in blocks(spec.size):
-                    writer.write(name, base.block(name, start, stop) + self.constant)
+        moved = {
+            name: base.block(name, 0, spec.size).reshape(spec.shape) + self.constant
+            for name, spec in base.tensors.items()
+        }
+        folder.mkdir(parents=True)
+        save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
         return Trained(folder, None, examples=1)
 
     def predict(self, _job: EvaluateJob, _progress: Progress = silent) -> Predictions:

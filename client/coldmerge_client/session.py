@@ -26,6 +26,7 @@ from coldmerge.core.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from coldmerge.core.memory import keep_freed_memory
 from coldmerge.wire.calls import OnRetry, call, client_stream, server_stream, with_patience
 from coldmerge.wire.channel import secure_channel
 from coldmerge.wire.convert import signed_from_proto, signed_to_proto
@@ -90,6 +91,7 @@ class Session:
         Raises:
             ConfigError: the home has not joined a federation.
         """
+        keep_freed_memory()
         session = cls(home, home.membership(), timeout, clock or SystemClock())
         settle(home, session.clock)
         session.on_retry = on_retry

@@ -69,7 +69,9 @@ def vector_header(
 class TaskVector:
     """A task vector file, read a block at a time, from any number of threads at once."""
 
-    def __init__(self, file: PositionalFile, header: Header) -> None:
+    def __init__(
+        self, file: PositionalFile, header: Header, hashes: Mapping[str, str] | None = None
+    ) -> None:
         self._file = file
         self.path = file.path
         self.specs = header.tensors
@@ -82,18 +84,19 @@ class TaskVector:
         self._parts = {key: split_key(key, self.statistics) for key in self.specs}
         self._factors = _check_keys(self)
         _check_statistics(self)
+        self._hashes = dict(hashes or {})
         self._mine = _Mine()
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
-        """Open a file and check its header.
+    def open(cls, path: Path | str, hashes: Mapping[str, str] | None = None) -> Self:
+        """Open a file and check its header. `hashes`: sha256 by key, as whoever wrote it knows.
 
         Raises:
             CheckpointError: it is not a sound safetensors file.
             TaskVectorError: it is one, but not a task vector.
         """
         file = PositionalFile(Path(path))
-        return cls(file, parse_header(file))
+        return cls(file, parse_header(file), hashes)
 
     def __reduce__(self) -> tuple[object, tuple[Path]]:
         return type(self).open, (self.path,)
@@ -114,7 +117,10 @@ class TaskVector:
         return tuple(key for key, (_, part) in self._parts.items() if part in _DELTA)
 
     def entries(self) -> tuple[TensorEntry, ...]:
-        """Every stored tensor with its sha256, in payload order; reads the file once."""
+        """Every stored tensor with its sha256, in payload order.
+
+        The file is read once, and not at all right after it was written.
+        """
         return self._entries
 
     @cached_property
@@ -126,7 +132,7 @@ class TaskVector:
                     name=spec.name,
                     dtype=spec.dtype,
                     shape=spec.shape,
-                    sha256=self._sha256(spec),
+                    sha256=self._hashes.get(spec.name) or self._sha256(spec),
                     nbytes=spec.nbytes,
                 )
             )

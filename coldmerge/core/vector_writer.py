@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class VectorWriter:
         self._scaling = dict(scaling)
         self._reserved = len(self._header(self._planned))
         self._kept: list[Planned] = []
+        self._hash, self._hashes = hashlib.sha256(), dict[str, str]()
         self._end = self._at = self._allocated = self._reserved
         self._most = self._reserved + sum(nbytes(e.dtype, e.shape) for e in self._planned)
 
@@ -102,12 +104,14 @@ class VectorWriter:
             preallocate(self._fd, ahead - self._allocated, self._allocated)
             self._allocated = ahead
         write_all(self._fd, data, self._at)
+        self._hash.update(data)
         self._at += len(data)
 
     def keep(self, key: str, shape: tuple[int, ...]) -> None:
         """End the current tensor: what was appended since the last one is tensor `key`."""
         self._kept.append(self._plan(key, shape))
-        self._end = self._at
+        self._hashes[key] = self._hash.hexdigest()
+        self._hash, self._end = hashlib.sha256(), self._at
 
     def current(self, start: int, stop: int) -> Floats32:
         """Elements [start, stop) of the current tensor of deltas, as they were stored."""
@@ -118,7 +122,7 @@ class VectorWriter:
 
     def drop(self) -> None:
         """Forget what was appended since the last tensor ended."""
-        self._at = self._end
+        self._hash, self._at = hashlib.sha256(), self._end
 
     @property
     def kept(self) -> int:
@@ -140,4 +144,4 @@ class VectorWriter:
 
     def open(self) -> TaskVector:
         """The finished file."""
-        return TaskVector.open(self.path)
+        return TaskVector.open(self.path, self._hashes)

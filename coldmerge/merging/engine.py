@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -30,6 +30,9 @@ R = TypeVar("R")
 
 UNIT = 4
 """Blocks that a thread takes at a time."""
+
+AHEAD = 2
+"""Blocks per thread that are made while those before them are used."""
 
 ROOM = 2**23
 """Elements of whole tensors that may be at work at a time, or one tensor if it is larger."""
@@ -203,15 +206,19 @@ class Job:
             pool.spread(unit, [cuts[at : at + UNIT] for at in range(0, len(cuts), UNIT)])
 
     def in_order(self, name: str, pool: Pool, make: Callable[[Block, Any], R]) -> Iterator[R]:
-        """Yield `make(block, facts)` for the blocks of one tensor, from the first to the last."""
+        """Yield `make(block, facts)` for the blocks of one tensor, from the first to the last.
+
+        Other threads make the next blocks meanwhile; close the iterator to be rid of them.
+        """
         with self._room.take(self._whole(name)):
             facts = self.facts(name, pool)
             cuts = self.cuts(name)
-            for at in range(0, len(cuts), UNIT * pool.threads):
-                yield from pool.spread(
-                    lambda cut: make(self.block(name, *cut), facts),
-                    cuts[at : at + UNIT * pool.threads],
-                )
+            step = AHEAD * pool.threads
+            groups = (cuts[at : at + step] for at in range(0, len(cuts), step))
+            made = pool.spread_ahead(lambda cut: make(self.block(name, *cut), facts), groups)
+            with closing(made):
+                for group in made:
+                    yield from group
 
     @property
     def largest_whole(self) -> int:

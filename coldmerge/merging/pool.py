@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from queue import SimpleQueue
 from typing import Any, Self, TypeVar
 
-import numpy as np
-
-FREED = 16 * 2**20
-"""Bytes of the largest array whose memory is used again rather than given back."""
+from coldmerge.core.memory import keep_freed_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -38,7 +35,7 @@ class Pool:
         ]
 
     def __enter__(self) -> Self:
-        _keep_freed_memory()
+        keep_freed_memory()
         for helper in self._helpers:
             helper.start()
         return self
@@ -54,24 +51,39 @@ class Pool:
 
         The first error ends the work and is raised, once no thread is at it any more.
         """
-        work = _Spread(function, items)
-        for _ in range(min(len(items), self.threads) - 1):
-            self._calls.put(work)
+        work = self._begin(function, items, min(len(items), self.threads) - 1)
         work.run()
         return work.results()
+
+    def spread_ahead(
+        self, function: Callable[[T], R], groups: Iterable[Sequence[T]]
+    ) -> Generator[list[R]]:
+        """`spread` of one group after the other, the next one begun when the last is given out.
+
+        So the other threads work while the caller uses what it got. Two groups are in memory.
+        """
+        under_way: _Spread | None = None
+        try:
+            for group in groups:
+                work, under_way = under_way, self._begin(function, group, self.threads - 1)
+                if work is not None:
+                    yield work.results()
+                under_way.run()
+            if under_way is not None:
+                yield under_way.results()
+        finally:
+            if under_way is not None:
+                under_way.end()
+
+    def _begin(self, function: Callable[[T], R], items: Sequence[T], helpers: int) -> _Spread:
+        work = _Spread(function, items)
+        for _ in range(helpers):
+            self._calls.put(work)
+        return work
 
     def _help(self) -> None:
         while (work := self._calls.get()) is not None:
             work.run()
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep the blocks that are freed instead of giving them back each time.
-
-    glibc learns from the largest mapping it has seen freed. Without this, methods that hold
-    a few MB a block spend more time on page faults than on numbers. Nothing is touched here.
-    """
-    np.empty(FREED, np.uint8)
 
 
 class _Spread:
@@ -102,6 +114,12 @@ class _Spread:
             self._next += 1
             self._running += 1
             return self._next - 1
+
+    def end(self) -> None:
+        """Begin no more items, and wait for those under way."""
+        with self._changed:
+            self._next = len(self._items)
+            self._changed.wait_for(lambda: self._running == 0)
 
     def results(self) -> list[Any]:
         try:

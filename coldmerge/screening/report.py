@@ -36,8 +36,8 @@ class Screened:
 class Inner:
     """Inner products of a merge's inputs, and of the merged vector in the last row and column.
 
-    `keys` are the inputs' content keys, in order; `matrix` is float64 (N + 1, N + 1), over every
-    `step`-th element.
+    `keys` are the inputs' content keys, in order; `matrix` is float64 (N + 1, N + 1), over one in
+    `step` elements.
     """
 
     keys: tuple[str, ...]

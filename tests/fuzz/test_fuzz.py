@@ -135,20 +135,18 @@ BOMBS: dict[str, tuple[Callable[[bytes], Verdict], Callable[[], bytes]]] = {
 
 
 @pytest.mark.parametrize("what", sorted(BOMBS))
-def test_a_bomb_costs_no_more_than_any_input(what: str) -> None:
-    """The target `document` reads its input as four types, one after the other."""
+def test_a_bomb_does_not_go_off(what: str) -> None:
+    """Linear work takes tenths of a second at most, on a busy machine too; a bomb minutes."""
     run, make = BOMBS[what]
     data = make()
     run(b"")
-    allowed = MAX_SECONDS * (4 if run is document else 1)
-    for _ in range(3):
-        if (seconds := _timed(run, data)) < allowed:
-            break
+    seconds = _timed(run, data)
     tracemalloc.start()
     assert run(data) is Verdict.REFUSED
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (seconds < allowed, peak < MAX_MEMORY) == (True, True), f"{seconds} s, {peak} bytes"
+    assert seconds < 10 * MAX_SECONDS
+    assert peak < MAX_MEMORY
 
 
 def _timed(run: Callable[[bytes], Verdict], data: bytes) -> float:

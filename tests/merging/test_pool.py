@@ -86,3 +86,50 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_memory_that_blocks_free_is_used_again() -> None:
     ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, check=True, text=True)
     assert int(ran.stdout) < 5 * 1024, "pages of 4 KB; fifty times 8 MB have 102,400"
+
+
+def test_groups_come_in_order_whatever_the_caller_does_meanwhile() -> None:
+    with Pool(3) as pool:
+        groups = [range(at, at + 5) for at in range(0, 100, 5)]
+        found = [pool.spread(abs, group) for group in groups]
+        for group, squares in zip(found, pool.spread_ahead(lambda x: x * x, groups), strict=True):
+            assert squares == [x * x for x in group]
+        assert list(pool.spread_ahead(abs, [])) == []
+
+
+def test_the_next_group_is_under_way_while_the_last_one_is_used() -> None:
+    """It waits for the caller, who uses the first: only another thread can be at the second."""
+    begun, used = threading.Event(), threading.Event()
+
+    def work(number: int) -> int:
+        if number == 1:
+            begun.set()
+            used.wait(30)
+        return number
+
+    with Pool(2) as pool:
+        groups = pool.spread_ahead(work, [[0], [1]])
+        assert next(groups) == [0]
+        assert begun.wait(30)
+        used.set()
+        assert next(groups) == [1]
+
+
+def test_an_error_in_a_later_group_comes_in_its_turn_and_a_closed_iterator_is_done() -> None:
+    calls: list[int] = []
+
+    def work(number: int) -> float:
+        calls.append(number)
+        return 1 / (3 - number)
+
+    with Pool(2) as pool:
+        groups = pool.spread_ahead(work, [[0, 1], [2, 3], [4, 5]])
+        assert next(groups) == [1 / 3, 1 / 2]
+        with pytest.raises(ZeroDivisionError):
+            next(groups)
+        groups = pool.spread_ahead(work, [[0], [1], [2]])
+        next(groups)
+        groups.close()
+        done = len(calls)
+        assert pool.spread(abs, [-1]) == [1]
+        assert len(calls) == done

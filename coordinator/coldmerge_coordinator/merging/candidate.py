@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coldmerge.core.digests import Content
 from coldmerge.core.documents import Manifest, TensorEntry
-from coldmerge.core.dtypes import nbytes
+from coldmerge.core.dtypes import nbytes, size
 from coldmerge.core.errors import IntegrityError
 from coldmerge.core.task_vector import TaskVector
 from coldmerge.merging import Input, Job, Pool
@@ -102,7 +102,7 @@ def build(blobs: BlobStore, work: Work, beat: Beat) -> Candidate:
         pairs = list(zip(work.inputs, vectors, strict=True))
         pool.spread(lambda pair: _verify(*pair, beat), pairs)
         job = _job(blobs, work, _bounded(work, vectors, pool, beat))
-        likeness = Likeness(job.inputs)
+        likeness = Likeness(job.inputs, sum(size(entry.shape) for entry in moving))
         job.survey(pool)
         for entry in moving:
             stored = _merge(

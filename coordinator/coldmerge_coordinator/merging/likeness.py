@@ -15,19 +15,27 @@ MOST = 200
 """Inputs that are compared with each other; of more there are only norms."""
 
 DENSE = 32
-"""Inputs that are compared in every element. Of more, every k-th: the work stays the same."""
+"""Inputs up to which the number of elements is not lowered further: the work stays the same."""
+
+COMPARED = 2**22
+"""Elements of which a model's inputs are compared: a sample of a larger one says as much."""
 
 ELEMENTS = 2**20
 """Elements of all rows together that a thread holds."""
 
 
 class Likeness:
-    """Inner products of a merge's inputs and of what it makes of them."""
+    """Inner products of a merge's inputs and of what it makes of them.
 
-    def __init__(self, inputs: Sequence[Input]) -> None:
+    `elements`: how many the merged tensors have. Of a large model, or many inputs, one in
+    `step` is looked at: the first ones of every block.
+    """
+
+    def __init__(self, inputs: Sequence[Input], elements: int) -> None:
         self._inputs = inputs
         self._rows = len(inputs) + 1
-        self._step = -(-(self._rows**2) // (DENSE + 1) ** 2)
+        pairs = -(-(self._rows**2) // (DENSE + 1) ** 2)
+        self._step = max(1, elements // COMPARED) * pairs
         self._total = np.zeros((self._rows, self._rows)) if len(inputs) <= MOST else None
 
     def of(self, block: Block, merged: Floats32 | Floats64) -> Floats64 | None:
@@ -35,20 +43,18 @@ class Likeness:
         if self._total is None:
             return None
         total = np.zeros_like(self._total)
-        for start, stop in blocks(block.size, max(1, ELEMENTS // self._rows)):
+        sample = -(-block.size // self._step)
+        for start, stop in blocks(sample, max(1, ELEMENTS // self._rows)):
             total += products(self._stack(block, merged, start, stop))
         return total
 
     def _stack(self, block: Block, merged: Floats32 | Floats64, start: int, stop: int) -> Floats32:
-        part = merged[start : stop : self._step]
-        rows = np.zeros((self._rows, len(part)), np.float32)
+        rows = np.zeros((self._rows, stop - start), np.float32)
         for i in block.touching:
-            values = self._inputs[i].source.block(
-                block.name, block.start + start, block.start + stop
-            )
-            rows[i] = values[:: self._step]
+            source = self._inputs[i].source
+            rows[i] = source.block(block.name, block.start + start, block.start + stop)
         with np.errstate(over="ignore"):  # a result that large ends the merge
-            rows[-1] = part
+            rows[-1] = merged[start:stop]
         return rows
 
     def add(self, found: Floats64 | None) -> None:
