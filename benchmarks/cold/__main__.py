@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,25 +31,16 @@ from typing import Any
 
 from benchmarks.cold import jobs, report
 from benchmarks.cold.bar import Bar
+from benchmarks.cold.costs import WORKERS, Speed, cost, sizes_of
 from benchmarks.cold.outcome import Outcome, Plan
-from benchmarks.cold.planning import (
-    BASELINES,
-    PROTOCOLS,
-    WORKERS,
-    Costs,
-    Parts,
-    Speed,
-    choose,
-    cost,
-    held,
-    sizes_of,
-)
-from benchmarks.cold.recipes import STUDIES, Federation, load, study
-from benchmarks.cold.sets import Split, read
+from benchmarks.cold.planning import BASELINES, PROTOCOLS, Costs, Parts, choose
+from benchmarks.cold.recipes import COMMON, STUDIES, Federation, load, study
+from benchmarks.cold.sets import Split, held, read
 from benchmarks.cold.summary import summary, text
 from coldmerge.core.errors import ColdmergeError, ConfigError
 from coldmerge.rounds.policy import parse_duration
 from coldmerge_client.files import exclusive
+from coldmerge_simulation.config import merged
 
 EXAMPLE = """example:
   python -m benchmarks.cold --data ~/sets --rounds 3 --seeds 3 --budget 90m --out runs/cold
@@ -85,6 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from coldmerge.core.digests import digest_of
     from coldmerge.demo.plan import minilm
 
+    started = time.monotonic()
     budget = None if options.budget is None else parse_duration(options.budget).total_seconds()
     split = read(options.data, options.seen, options.unseen)
     _check_held(options.held, split)
@@ -111,7 +105,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             plan = outcome.claim(replace(plan, model=whose))
         else:
             bar.show(["how fast this machine is"])
-            plan = _plan(asked, split, model, budget, pool, said, whose)
+            plan = _plan(asked, split, model, budget, pool, said, whose, started)
             plan = replace(plan, settings={**plan.settings, "held": list(options.held)})
             outcome.claim(plan)
         failed = _work(plan, split, model, digest, options, outcome, pool, bar)
@@ -159,7 +153,7 @@ def _parts(said: dict[str, Any]) -> Parts:
 
 
 def _federation(split: Split, model: Path, parts: Parts, data: Path) -> Federation:
-    changes = cheap(model) if parts.cheap else {}
+    changes = merged(_shorter(model), cheap(model) if parts.cheap else {})
     return Federation(
         data.absolute(),
         _names(split.seen),
@@ -174,7 +168,24 @@ def cheap(model: Path) -> dict[str, Any]:
     """The cheap setting: only the top third of the layers, whose inputs are computed once."""
     from coldmerge.demo.plan import text_training
 
-    return {"train": {**load("cheap")["train"], "freeze": text_training(model)["freeze"]}}
+    freeze = text_training(model)["freeze"]
+    if not freeze:
+        raise _no_layers(model, "numbered layers")
+    return {"train": {**load("cheap")["train"], "freeze": freeze}}
+
+
+def _shorter(model: Path) -> dict[str, Any]:
+    """Texts are cut to what the model has positions for, where that is less than usual."""
+    try:
+        said = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        room = said.get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    # Some architectures begin to count behind the padding's place: two fewer.
+    usual = load(COMMON)["train"]["max_length"]
+    if not isinstance(room, int) or room < 4 or room - 2 >= usual:
+        return {}
+    return {"train": {"max_length": max(4, room - 2)}}
 
 
 def _settings(split: Split, model: Path, parts: Parts, data: Path) -> dict[str, Any]:
@@ -213,14 +224,20 @@ def _check_layers(model: Path, patterns: Sequence[str]) -> None:
     names = sorted(Checkpoint.open(model).tensors)
     for pattern in patterns:
         if not any(is_private(name, [pattern]) for name in names):
-            raise ConfigError(
-                "cold.no_layers",
-                f"The model has no tensors called {pattern}, which are to be frozen.",
-                expected=pattern,
-                got=", ".join(names[:5]),
-                hint="Take an encoder with embeddings and numbered layers.",
-                model=model,
-            )
+            raise _no_layers(model, pattern)
+
+
+def _no_layers(model: Path, wanted: str) -> ConfigError:
+    from coldmerge.core.checkpoint import Checkpoint
+
+    return ConfigError(
+        "cold.no_layers",
+        f"The model {model.name} has no {wanted}, which are to be frozen.",
+        expected=wanted,
+        got=", ".join(sorted(Checkpoint.open(model).tensors)[:5]),
+        hint="Take an encoder with embeddings and, for the cheap setting, numbered layers.",
+        model=model,
+    )
 
 
 def _plan(
@@ -231,10 +248,11 @@ def _plan(
     pool: ProcessPoolExecutor,
     said: dict[str, Any],
     whose: dict[str, str],
+    started: float,
 ) -> Plan:
-    """Measure the machine, and choose what fits."""
+    """Measure the machine, and choose what fits; `started` is the command's, a monotonic time."""
     data = split.seen[0].folder.parent
-    costs = _costs(split, model, data, pool)
+    costs = _costs(split, model, data, pool, asked, started)
     chosen, left_out = choose(asked, costs, budget)
     settings = _settings(split, model, chosen, data)
     libraries = ("coldmerge", "torch", "transformers", "numpy", "scikit-learn")
@@ -260,20 +278,34 @@ def _plan(
     )
 
 
-def _costs(split: Split, model: Path, data: Path, pool: ProcessPoolExecutor) -> Costs:
-    """Costs of tables on this machine; each setting is measured when it is first asked for."""
+def _costs(
+    split: Split, model: Path, data: Path, pool: ProcessPoolExecutor, asked: Parts, started: float
+) -> Costs:
+    """Costs of tables on this machine; each setting is measured when it is first asked for.
+
+    What has passed since `started`, the measuring too, is part of them.
+    """
     speeds: dict[bool, Speed] = {}
+    spent = 0.0
     folders = [task.folder for task in (*split.seen, *split.unseen)]
 
     def costs(parts: Parts) -> float:
-        settings = _settings(split, model, parts, data)
+        nonlocal spent
+        try:
+            settings = _settings(split, model, parts, data)
+        except ConfigError:
+            if parts.cheap == asked.cheap:
+                raise
+            return math.inf  # a model without numbered layers has no cheap setting
         if parts.cheap not in speeds:
             about = (model, settings["train"], folders, CALIBRATION_TEXTS)
             both = [pool.submit(jobs.speed, *about) for _ in range(WORKERS)]
             each = [future.result() for future in both]
             means = {key: fmean(vars(one)[key] for one in each) for key in vars(each[0])}
             speeds[parts.cheap] = Speed(**means)
-        return cost(parts, speeds[parts.cheap], sizes_of(split, settings))
+            spent = time.monotonic() - started
+        federation = _federation(split, model, parts, data)
+        return spent + cost(parts, speeds[parts.cheap], sizes_of(split, settings), federation)
 
     return costs
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.cold.comparison import Comparison, signed
-from benchmarks.cold.intervals import Interval
+from benchmarks.cold.intervals import LEVEL, Interval, over_examples
 from benchmarks.cold.outcome import MEAN, ONESHOT
 from benchmarks.cold.records import LP100, Records
 
@@ -67,6 +67,18 @@ def sided(mean: float, interval: Interval, figure: str, notes: Sequence[str]) ->
     """Holds where the interval is above zero, fails where the mean is not."""
     verdict = HOLDS if interval.above_zero else FAILS if mean <= 0 else UNCLEAR
     return Answer(verdict, mean, interval, figure, notes)
+
+
+def best_of(found: Comparison, count: int) -> tuple[Interval, list[str]]:
+    """The interval of the best of `count` comparisons, and words about it.
+
+    The best of several is best by luck too: its interval is as much wider (Bonferroni).
+    """
+    level = 1 - (1 - LEVEL) / count
+    if count == 1:
+        return found.interval, []
+    interval = over_examples(list(found.sets.values()), level=level)
+    return interval, [f"the best of {count}, so its interval is at {100 * level:.1f} %"]
 
 
 def alike(mean: float, interval: Interval) -> str:

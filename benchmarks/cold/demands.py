@@ -10,6 +10,7 @@ from benchmarks.cold.answers import (
     UNMEASURED,
     Answer,
     against_oneshot,
+    best_of,
     ends,
     missing,
     peak_said,
@@ -18,7 +19,6 @@ from benchmarks.cold.answers import (
     unequal,
 )
 from benchmarks.cold.comparison import Comparison, signed
-from benchmarks.cold.intervals import LEVEL, over_examples
 from benchmarks.cold.outcome import ONESHOT
 from benchmarks.cold.records import COEFFICIENTS, LORA, LP100, Records
 
@@ -116,13 +116,9 @@ def learned_coefficients(records: Records) -> Answer:
     if not found:
         return missing("uniform and learned coefficients have no set or seed in common")
     best = max(found, key=lambda one: one.mean)
-    # The best of several is best by luck too: its interval is as much wider (Bonferroni).
-    level = 1 - (1 - LEVEL) / len(found)
-    interval = over_examples(list(best.sets.values()), level=level)
-    notes = [f"{one.of.variant}: {one}" for one in found]
+    interval, how = best_of(best, len(found))
+    notes = [*(f"{one.of.variant}: {one}" for one in found), *how]
     figure = f"{best.of.variant} {signed(best.mean)} {interval}"
-    if len(found) > 1:
-        notes.append(f"the best of {len(found)}, so its interval is at {100 * level:.1f} %")
     return sided(best.mean, interval, figure, notes)
 
 

@@ -10,14 +10,15 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cold.costs import Speed
 from benchmarks.cold.outcome import Group, Protocol, Run, Score
-from benchmarks.cold.planning import Speed
 from benchmarks.cold.sets import TaskSet, read_set
 from coldmerge.demo import child
 
@@ -33,6 +34,8 @@ def start(parent: int) -> None:
         sys.exit("the command has ended")
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # A hundred examples of a hundred labels are meant.
+    warnings.filterwarnings("ignore", message="The number of unique classes is greater")
     import torch
 
     torch.set_num_threads(1)
@@ -44,8 +47,8 @@ def _set(folder: Path) -> TaskSet:
 
 
 def speed(model: Path, train: dict[str, Any], folders: Sequence[Path], most: int) -> Speed:
-    """See `planning.calibrate`; the texts are some of every set."""
-    from benchmarks.cold.planning import calibrate
+    """See `costs.calibrate`; the texts are some of every set."""
+    from benchmarks.cold.costs import calibrate
 
     tasks = [_set(folder) for folder in folders]
     items = [task.train[row] for row in range(most) for task in tasks if row < len(task.train)]

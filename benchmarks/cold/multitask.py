@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from benchmarks.cold.sets import TaskSet, draw
+from benchmarks.cold.sets import TaskSet, draw, held
 from coldmerge_client.training import pooled
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.sequence_classification import SequenceClassification
@@ -25,10 +25,13 @@ POOLED = "pooled"
 
 
 def write(tasks: Sequence[TaskSet], most: int, seed: int, folder: Path) -> Path:
-    """Write at most `most` training examples of each set as one set, and return its folder."""
+    """Write at most `most` of the training examples that each contributor holds as one set.
+
+    Returns its folder. Without a validation part a contributor holds a fifth less than the set.
+    """
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     for task in tasks:
-        chosen = draw(task, range(len(task.train)), min(most, len(task.train)), seed)
+        chosen = draw(task, range(len(task.train)), min(most, held(task)), seed)
         for part, items in (
             ("train", [task.train[place] for place in chosen]),
             ("validation", [*task.validation, *task.test][:2]),

@@ -11,6 +11,7 @@ from benchmarks.cold.answers import (
     Answer,
     against_oneshot,
     alike,
+    best_of,
     direction,
     ends,
     missing,
@@ -102,8 +103,9 @@ def dip(records: Records) -> Answer:
     drop = records.measured.compare(Place(MEAN, best), Place(MEAN, last), LP100, "unseen")
     if drop is None:
         return missing("the releases have no seed in common")
-    notes = [f"release {best}, the best, over release {last}: {drop}"]
-    return sided(drop.mean, drop.interval, figure, notes)
+    interval, how = best_of(drop, len(curve) - 1)
+    notes = [f"release {best}, the best, over release {last}: {signed(drop.mean)} {interval}", *how]
+    return sided(drop.mean, interval, figure, notes)
 
 
 def cohort_size(records: Records) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from coldmerge.core import yaml_file
 from coldmerge.core.errors import ConfigError
 from coldmerge_simulation.config import merged
+from coldmerge_simulation.data import names
 
 FOLDER = Path(__file__).with_name("recipes")
 COMMON = "mean"
@@ -38,6 +39,11 @@ def study(name: str) -> tuple[str, ...]:
     return tuple(by_study.get(name, ()))
 
 
+def policies(names: Sequence[str]) -> list[str]:
+    """Those of some recipes that change how rounds go, and not what is trained or by whom."""
+    return [name for name in names if name.split("-")[0] not in _SIZED]
+
+
 def load(name: str) -> dict[str, Any]:
     """A recipe's overrides.
 
@@ -54,6 +60,22 @@ def load(name: str) -> dict[str, Any]:
             got=name,
             hint="Recipes are files of benchmarks/cold/recipes.",
         ) from error
+
+
+def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same with `org-1` in a recipe as it is called among so many contributors (`org-01`)."""
+    known = {int(name.rpartition("-")[2]): name for name in names(settings["contributors"])}
+
+    def called(name: str) -> str:
+        return known.get(int(name.rpartition("-")[2]), name)
+
+    keeps = {called(name): share for name, share in settings["data"].get("keeps", {}).items()}
+    attackers = [
+        {**one, "names": [called(name) for name in one.get("names", ())]}
+        for one in settings.get("attackers", ())
+    ]
+    found = {**settings, "data": {**settings["data"], **({"keeps": keeps} if keeps else {})}}
+    return {**found, **({"attackers": attackers} if attackers else {})}
 
 
 @dataclass(frozen=True)
@@ -97,7 +119,7 @@ class Federation:
         epochs = self.common["train"]["epochs"]
         rounds = self.rounds * epochs / found["train"]["epochs"]
         found["data"]["tasks"] = list(self.seen[: found["contributors"]])
-        return {**found, "seed": seed, "rounds": max(1, round(rounds))}
+        return {**_renamed(found), "seed": seed, "rounds": max(1, round(rounds))}
 
     def at_once(self) -> dict[str, Any]:
         """All rounds' training as one: as many steps in total, on as many examples."""
@@ -108,8 +130,19 @@ class Federation:
         return {"epochs": round(epochs, 4), "max_examples": most}
 
     def oneshot(self, seed: int) -> dict[str, Any]:
-        """Independent fine-tunes of equal compute, and one mean of them."""
-        return merged(self.common, {"seed": seed, "rounds": 1, "train": self.at_once()})
+        """Independent fine-tunes of equal compute, each contributor's its own, and one mean."""
+        most, epochs = self.at_once()["max_examples"], self.common["train"]["epochs"]
+        each = [
+            round(epochs * self.rounds * min(self.examples, count) / min(most, count), 4)
+            for count in self.counts
+        ]
+        others = {
+            name: {"epochs": its}
+            for name, its in zip(names(len(each)), each, strict=True)
+            if its != epochs
+        }
+        changes = {"seed": seed, "rounds": 1, "train": {"max_examples": most}, "overrides": others}
+        return merged(self.common, changes)
 
     def multitask(self, pooled: Path, seed: int) -> dict[str, Any]:
         """One contributor that holds everybody's examples: what sharing them would give."""

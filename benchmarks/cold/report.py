@@ -182,6 +182,8 @@ def _numbers(records: Records, told: Sequence[Claim]) -> list[tuple[str, str]]:
 
 def _command(plan: Plan) -> Code:
     said = {**plan.options, "data": "DIR", "seen": plan.seen, "unseen": plan.unseen, "out": "OUT"}
+    if plan.model.get("name", "minilm") != "minilm":
+        said["model"] = plan.model["name"]
     words = ["python", "-m", "benchmarks.cold"]
     for name, value in said.items():
         listed = isinstance(value, list | tuple)

@@ -22,7 +22,7 @@ from coldmerge.core.errors import ConfigError, DataError
 SHOTS = 100
 LEAST_TEST = 50
 MOST_SEEN = 8
-"""How many sets train, unless --seen names them; the others are unseen."""
+"""How many sets train, unless --seen names them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ class Split:
 def read(folder: Path, seen: Sequence[str] | None, unseen: Sequence[str] | None) -> Split:
     """The sets of a data folder; without names every other set trains, up to eight.
 
+    With seen sets named all others are unseen; with unseen sets named the others train, up to
+    eight.
+
     Raises:
         ConfigError: there are no such sets, or one is named twice.
         DataError: a set that was named cannot be used, or too few can.
@@ -86,11 +89,12 @@ def read(folder: Path, seen: Sequence[str] | None, unseen: Sequence[str] | None)
             dropped[name] = f"{error.message} ({error.got})" if error.got else error.message
     free = [name for name in found if name not in asked]
     if seen is None:
-        seen = free[::2][:MOST_SEEN]
+        seen = (free[::2] if unseen is None else free)[:MOST_SEEN]
     if unseen is None:
         unseen = [name for name in free if name not in seen]
     _check_enough(folder, seen, unseen, dropped)
-    dropped |= {name: "not asked for" for name in there if name not in {*found, *dropped}}
+    used = {*seen, *unseen, *dropped}
+    dropped |= {name: "not asked for" for name in there if name not in used}
     return Split(tuple(found[n] for n in seen), tuple(found[n] for n in unseen), dropped)
 
 
@@ -154,14 +158,14 @@ def read_set(folder: Path) -> TaskSet:
             only, a label is absent from the training part, or there are too few examples.
     """
     rows = {part: _rows(folder / f"{part}.jsonl") for part in ("train", "validation", "test")}
-    labels = sorted({str(row["label"]) for row in rows["train"]}, key=_natural)
+    labels = sorted({row["label"] for row in rows["train"]}, key=_natural)
     if len(labels) < 2:
         raise _unusable(
             folder, "one_class", "has one label only: there is nothing to learn", labels
         )
     place = {label: position for position, label in enumerate(labels)}
     for part in ("validation", "test"):
-        strange = sorted({str(row["label"]) for row in rows[part]} - place.keys())
+        strange = sorted({row["label"] for row in rows[part]} - place.keys())
         if strange:
             what = f"has labels in {part}.jsonl that train.jsonl lacks"
             raise _unusable(folder, "unknown_label", what, strange[:10])
@@ -173,7 +177,7 @@ def read_set(folder: Path) -> TaskSet:
 
     def items(part: str) -> tuple[Item, ...]:
         return tuple(
-            Item(row["text"], row.get("text_pair"), place[str(row["label"])]) for row in rows[part]
+            Item(row["text"], row.get("text_pair"), place[row["label"]]) for row in rows[part]
         )
 
     return TaskSet(
@@ -191,7 +195,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     found = [_row(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise _unusable(path.parent, "no_split", f"has no example in {path.name}", None)
-    return found
+    if len({isinstance(row["label"], str) for row in found}) > 1:
+        what = f"has words and integers as labels in {path.name}: one column has one type"
+        raise _unusable(path.parent, "mixed_labels", what, None)
+    return [{**row, "label": str(row["label"]).strip()} for row in found]
 
 
 def _row(line: str, path: Path, number: int) -> dict[str, Any]:
@@ -226,6 +233,11 @@ def _unusable(folder: Path, what: str, why: str, got: Sequence[str] | None) -> D
     )
 
 
+def held(task: TaskSet) -> int:
+    """How many training examples a contributor has: without a validation part, a fifth less."""
+    return len(task.train) if task.validation else len(task.train) - round(0.2 * len(task.train))
+
+
 def draw(task: TaskSet, pool: Sequence[int], shots: int, *purpose: int) -> list[int]:
     """`shots` of the training examples in `pool`: one of each label, then any.
 
@@ -238,4 +250,4 @@ def draw(task: TaskSet, pool: Sequence[int], shots: int, *purpose: int) -> list[
 
 
 def _natural(label: str) -> tuple[int, int, str]:
-    return (0, int(label), "") if label.lstrip("-").isdecimal() else (1, 0, label)
+    return (0, int(label), "") if label.removeprefix("-").isdecimal() else (1, 0, label)

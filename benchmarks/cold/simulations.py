@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,14 +33,12 @@ def coldmerge(*words: str | Path) -> dict[str, Any]:
     Raises:
         ColdmergeError: what the command says.
     """
-    one = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "coldmerge", *map(str, words), "--format", "json"]
     tied = [sys.executable, child.__file__, str(os.getpid()), "0"]  # it ends when we end
     done = subprocess.run(
         [*tied, *command],
         cwd=ROOT,
-        env={**os.environ, **one, "PYTHONPATH": os.pathsep.join(paths)},
+        env=_environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -62,6 +61,20 @@ def coldmerge(*words: str | Path) -> dict[str, Any]:
         hint="Run it by itself to see more.",
         command=" ".join(command),
     )
+
+
+def starting() -> float:
+    """Seconds until a process of the product has loaded what it trains with."""
+    command = [sys.executable, "-c", "import coldmerge_client.training.fit, coldmerge_simulation"]
+    started = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, env=_environment(), check=True)
+    return time.perf_counter() - started
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    one = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **one, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from typing import Any
 
 from benchmarks.cold import jobs, multitask, simulations
 from benchmarks.cold.bar import Bar
+from benchmarks.cold.costs import WORKERS
 from benchmarks.cold.measuring import Ruler, Subject
 from benchmarks.cold.outcome import ALONE, BASE, MEAN, MULTITASK, ONESHOT, Outcome, Protocol, Run
-from benchmarks.cold.planning import WORKERS, Parts
+from benchmarks.cold.planning import Parts
 from benchmarks.cold.recipes import ONESHOT as MERGES
 from benchmarks.cold.recipes import Federation
 from benchmarks.cold.sets import Split

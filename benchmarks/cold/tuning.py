@@ -13,6 +13,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from benchmarks.cold.costs import EPOCHS
 from benchmarks.cold.measuring import Ruler, Subject, score
 from benchmarks.cold.outcome import Group, Protocol, Score
 from benchmarks.cold.sets import Item, TaskSet, draw
@@ -20,9 +21,6 @@ from coldmerge_client.training import batches, heads, models, pooled
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.huggingface import predict_labels
 from coldmerge_client.training.trainer import Trained, TrainJob, load_trainer
-
-EPOCHS: dict[str, float] = {"ft100": 10, "full": 3}
-"""Passes over 100 examples, and over the whole pool."""
 
 
 def tuned(

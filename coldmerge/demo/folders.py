@@ -129,7 +129,8 @@ def _by_label(examples: Sequence[Example]) -> list[list[Example]]:
 
 def _read(path: Path) -> list[Example]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: texts hold other characters that it takes for the end of a line.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise DataError(
             "demo.no_data_file",

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 
 from benchmarks.cold.__main__ import main
+from benchmarks.cold.costs import Sizes, Speed, cost, simulated
 from benchmarks.cold.outcome import Outcome
-from benchmarks.cold.planning import BASELINES, PROTOCOLS, Parts, Sizes, Speed, choose, cost
+from benchmarks.cold.planning import BASELINES, PROTOCOLS, Parts, choose
 from benchmarks.cold.recipes import STUDIES, Federation, load, study
 from benchmarks.cold.sets import draw, read, read_set
-from coldmerge.core.errors import ConfigError, DataError
+from coldmerge.core.errors import ConfigError, ConflictError, DataError
 from coldmerge_simulation import SimulationConfig
 
 ALL = Parts(("ties", "sam"), BASELINES, PROTOCOLS, seeds=3, rounds=3)
-SPEED = Speed(step=0.19, fixed=1.0, text=0.004)
-SIZES = Sizes((2000,) * 8, (2000,) * 20, 500, 2, 16, 500, 400, 5, 3)
+SPEED = Speed(step=0.19, fixed=1.0, text=0.004, first=0.004, start=8)
+COUNTS = (2000,) * 8
+SIZES = Sizes(COUNTS, COUNTS, (2000,) * 20, 16, 500, 400, 5, 3)
 
 
 def rows(count: int, labels: int, word: str = "") -> list[dict[str, Any]]:
@@ -48,6 +50,8 @@ def test_every_other_set_trains_and_bad_ones_are_left_out_with_the_reason(tmp_pa
     split = read(tmp_path, ["d", "b"], None)
     assert [task.name for task in split.seen] == ["d", "b"]
     assert [task.name for task in split.unseen] == ["a", "c", "e"]
+    split = read(tmp_path, None, ["d"])
+    assert [task.name for task in split.seen] == ["a", "b", "c", "e"]
     split = read(tmp_path, ["d", "b"], ["a"])
     assert split.dropped == {"c": "not asked for", "e": "not asked for", "f": "not asked for"}
 
@@ -64,6 +68,7 @@ def test_every_other_set_trains_and_bad_ones_are_left_out_with_the_reason(tmp_pa
         ("cold.bad_line", {"test": [*rows(60, 2), {"text": "no label"}]}),
         ("cold.bad_line", {"test": [*rows(60, 2), {"text": "half", "label": 0.5}]}),
         ("cold.bad_line", {"test": [*rows(60, 2), {"text": 3, "label": 0}]}),
+        ("cold.mixed_labels", {"train": [*rows(120, 2), {"text": "a word", "label": "1"}]}),
         ("cold.too_small", {"train": rows(90, 2)}),
         ("cold.too_small", {"test": rows(20, 2)}),
     ],
@@ -110,6 +115,11 @@ def test_a_folder_without_sets_is_said_on_standard_error(
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_are_words_as_contributors_read_them(tmp_path: Path) -> None:
+    padded = [{"text": "some text", "label": (" --1", "-2 ", "é")[i % 3]} for i in range(150)]
+    assert read_set(write(tmp_path / "a", train=padded, test=padded)).labels == ("-2", "--1", "é")
+
+
 def test_draws_hold_every_label_and_follow_from_name_and_number(tmp_path: Path) -> None:
     task = read_set(write(tmp_path / "a", train=[*rows(150, 2), {"text": "rare", "label": 7}]))
     pool = range(len(task.train))
@@ -121,8 +131,8 @@ def test_draws_hold_every_label_and_follow_from_name_and_number(tmp_path: Path) 
 
 def test_a_budget_leaves_out_in_the_declared_order() -> None:
     def costs(parts: Parts) -> float:
-        cheaper = Speed(0.03, 0.5, 0.001) if parts.cheap else SPEED
-        return cost(parts, cheaper, SIZES)
+        cheaper = Speed(0.03, 0.5, 0.001, 0.004, 8) if parts.cheap else SPEED
+        return cost(parts, cheaper, SIZES, replace(eight(), rounds=parts.rounds))
 
     full = costs(ALL)
     assert choose(ALL, costs, None) == (ALL, [])
@@ -145,6 +155,37 @@ def test_a_budget_leaves_out_in_the_declared_order() -> None:
     assert f"at least {int(least // 60) + 1}m" in str(caught.value.expected)
 
 
+def eight() -> Federation:
+    return Federation(Path(), tuple("abcdefgh"), COUNTS, "digits", rounds=3, changes={})
+
+
+def test_what_a_recipe_costs_follows_from_its_settings() -> None:
+    mine = eight()
+
+    def seconds(name: str) -> float:
+        return simulated(mine.simulation(name, 0), COUNTS, SIZES, SPEED)
+
+    mean = seconds("mean")
+    steps = 3 * 8 * 2 * 32
+    assert mean == pytest.approx(8 + 5 + steps * 0.19 + 3 * (8 * 1.0 + 3))
+    assert seconds("sam") == pytest.approx(mean + steps * 0.19)
+    assert seconds("partial") < 0.6 * mean
+    assert seconds("examples-100") < mean < seconds("examples-1000")
+    judged = 3 * 20 * sum(COUNTS) * 0.004
+    assert seconds("coefficients-mean") > mean / 2 + judged
+    once = simulated(mine.oneshot(0), COUNTS, SIZES, SPEED)
+    assert once == pytest.approx(mean, rel=0.1)
+
+
+def test_few_simulations_keep_one_worker_waiting() -> None:
+    alone = Parts((), (), ("lp100",), seeds=1, rounds=3)
+    mine = eight()
+    simulation = simulated(mine.simulation("mean", 0), COUNTS, SIZES, SPEED)
+    assert cost(alone, SPEED, SIZES, mine) > simulation
+    two = cost(replace(alone, seeds=2), SPEED, SIZES, mine)
+    assert two < 1.5 * cost(alone, SPEED, SIZES, mine)
+
+
 def federation(tmp_path: Path) -> Federation:
     return Federation(tmp_path, ("a", "b", "c"), (2000, 2000, 800), "digits", rounds=3, changes={})
 
@@ -155,10 +196,11 @@ def test_every_recipe_is_a_simulation(tmp_path: Path) -> None:
     assert not {"mean", "cheap"} & set(there)
     assert len(set(there)) == len(there)
     for name in there:
-        eight = replace(federation(tmp_path), seen=tuple("abcdefgh"), counts=(900,) * 8)
-        values = eight.simulation(name, 5)
-        found = SimulationConfig.parse(values)
-        assert (found.seed, found.data.unseen) == (5, ())
+        for count in (8, 11):
+            seen = tuple("abcdefghijk"[:count])
+            many = replace(federation(tmp_path), seen=seen, counts=(900,) * count)
+            found = SimulationConfig.parse(many.simulation(name, 5))
+            assert (found.seed, found.data.unseen) == (5, ())
     with pytest.raises(ConfigError, match=r"cold\.unknown_recipe"):
         load("nonsense")
 
@@ -166,12 +208,18 @@ def test_every_recipe_is_a_simulation(tmp_path: Path) -> None:
 def test_baselines_take_as_many_steps_on_as_many_examples(tmp_path: Path) -> None:
     mine = federation(tmp_path)
     mean, once = mine.simulation("mean", 0), mine.oneshot(0)
-    trained = 3 * sum(min(500, count) * mean["train"]["epochs"] for count in mine.counts)
-    assert once["rounds"] == 1
-    most, epochs = once["train"]["max_examples"], once["train"]["epochs"]
-    assert sum(min(most, count) * epochs for count in mine.counts) == pytest.approx(trained, 1e-3)
+    trained = [3 * min(500, count) * mean["train"]["epochs"] for count in mine.counts]
+    parsed = SimulationConfig.parse(once)
+    assert parsed.rounds == 1
+    most = once["train"]["max_examples"]
+    for place, count in enumerate(mine.counts):
+        own = parsed.overrides.get(f"org-{place + 1}", {})
+        epochs = own.get("epochs", once["train"]["epochs"])
+        assert min(most, count) * epochs == pytest.approx(trained[place], 1e-3)
     pooled = mine.multitask(tmp_path / "pooled", 0)
-    assert (pooled["contributors"], pooled["train"]["epochs"]) == (1, epochs)
+    assert pooled["contributors"] == 1
+    there = sum(min(most, count) for count in mine.counts)
+    assert there * pooled["train"]["epochs"] == pytest.approx(sum(trained), 1e-3)
     assert pooled["round"] == {**mean["round"], "min_contributions": 1}
     assert SimulationConfig.parse({**pooled, "seed": 1}).rounds == 1
 
@@ -202,4 +250,4 @@ def test_a_whole_run_measures_everything_and_goes_on(tmp_path: Path) -> None:
     before = len(outcome.scores())
     assert main(words) == 0
     assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == before
-    assert main([*words, "--rounds", "3"]) == 1
+    assert main([*words, "--rounds", "3"]) == ConflictError.exit_status

@@ -101,6 +101,8 @@ def test_one_layer_of_heads_is_a_head_for_each_set(model: Path) -> None:
 
 def test_pooled_data_trains_a_body_of_the_same_names(model: Path, tmp_path: Path) -> None:
     tasks = [task("a"), replace(task("b"), labels=("no", "yes"))]
+    everything = multitask.write(tasks, 1000, 1, tmp_path / "all")
+    assert len(read_rows(everything)) == 2 * 72  # a fifth of each validates
     folder = multitask.write(tasks, 30, 1, tmp_path)
     rows = read_rows(folder)
     assert len(rows) == 60

@@ -252,7 +252,7 @@ def _vocabulary(data: DataConfig, known: Sequence[str], found: Sequence[str]) ->
 
 
 def _natural(label: str) -> tuple[int, int, str]:
-    return (0, int(label), "") if label.lstrip("-").isdecimal() else (1, 0, label)
+    return (0, int(label), "") if label.removeprefix("-").isdecimal() else (1, 0, label)
 
 
 def _require_two(found: set[str], data: DataConfig) -> None:

@@ -125,7 +125,8 @@ def flip_labels(how: Attack, folder: Path, out: Path, seed: int) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(folder, out)
     path = out / "train.jsonl"
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = path.read_text("utf-8").split("\n")
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines if line]
     kinds = sorted({row["label"] for row in rows}, key=str)
     draw = np.random.default_rng(list(hashlib.sha256(f"labels/{seed}".encode()).digest()))
     count = math.ceil(how.amount * len(rows))

@@ -125,7 +125,8 @@ def _rows(path: Path, columns: Columns) -> list[dict[str, Any]]:
     if not path.is_file() and path.stem == "validation":
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: texts hold other characters that it takes for the end of a line.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise DataError(
             "simulation.no_split",
@@ -185,4 +186,4 @@ def _row(line: str, where: str, columns: Columns) -> dict[str, Any]:
 
 
 def _natural(label: str) -> tuple[int, int, str]:
-    return (0, int(label), "") if label.lstrip("-").isdecimal() else (1, 0, label)
+    return (0, int(label), "") if label.removeprefix("-").isdecimal() else (1, 0, label)

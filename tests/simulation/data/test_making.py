@@ -9,8 +9,12 @@ import pytest
 
 from coldmerge.core.errors import ColdmergeError, ConflictError, DataError
 from coldmerge.demo import digits, folders
+from coldmerge_client.training.config import DataConfig as TrainingData
 from coldmerge_client.training.config import TrainConfig
+from coldmerge_client.training.data import classification
 from coldmerge_client.training.trainer import TrainJob, load_trainer
+from coldmerge_simulation.contributors.attacks import flip_labels
+from coldmerge_simulation.contributors.conduct import Attack
 from coldmerge_simulation.data import DataConfig, make
 
 
@@ -38,6 +42,26 @@ def texts(count: int = 60, labels: Sequence[Any] = ("no", "yes")) -> list[dict[s
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_characters_that_end_lines_elsewhere_are_text_and_dashes_are_labels(tmp_path: Path) -> None:
+    rows = [{"text": f"some\u2028{n}\x85", "label": ("--1", "-")[n % 2]} for n in range(20)]
+    for name in ("a", "b"):
+        task_folder(tmp_path / "sets" / name, rows)
+    raw = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "sets" / "b" / "train.jsonl").write_text(raw, encoding="utf-8")
+    made = make(config(source=str(tmp_path / "sets")), 2, 0, tmp_path / "data")
+    assert [share.examples for share in made.shares] == [16, 16]
+    noisy = flip_labels(
+        Attack(kind="label_flip", strength=0.5),
+        made.shares[1].folder,
+        tmp_path / "noisy",
+        seed=0,
+    )
+    lines_left = (noisy / "train.jsonl").read_text().split("\n")[:-1]
+    assert len(lines_left) == 16
+    read = classification(TrainingData(train=made.shares[1].folder))
+    assert (len(read.train), read.labels) == (16, ("-", "--1"))
 
 
 def test_two_hundred_contributors_with_a_handful_each_can_train_and_validate(
