@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,19 +34,18 @@ from benchmarks.cold.bar import Bar
 from benchmarks.cold.costs import WORKERS, Speed, cost, sizes_of
 from benchmarks.cold.outcome import Outcome, Plan
 from benchmarks.cold.planning import BASELINES, PROTOCOLS, Costs, Parts, choose
-from benchmarks.cold.recipes import COMMON, STUDIES, Federation, load, study
-from benchmarks.cold.sets import Split, held, read
+from benchmarks.cold.recipes import STUDIES, study
+from benchmarks.cold.sets import Split, read
+from benchmarks.cold.settings import federation, ruler, settings_of
 from benchmarks.cold.summary import summary, text
 from coldmerge.core.errors import ColdmergeError, ConfigError
 from coldmerge.rounds.policy import parse_duration
 from coldmerge_client.files import exclusive
-from coldmerge_simulation.config import merged
 
 EXAMPLE = """example:
   python -m benchmarks.cold --data ~/sets --rounds 3 --seeds 3 --budget 90m --out runs/cold
 """
 CALIBRATION_TEXTS = 192
-POOL, TEST, DRAWS, TUNES = 500, 400, 5, 3
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,6 +81,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     budget = None if options.budget is None else parse_duration(options.budget).total_seconds()
     split = read(options.data, options.seen, options.unseen)
     _check_held(options.held, split)
+    _check_out(options.out)
     model = (options.model or minilm()).absolute()
     digest = digest_of(Checkpoint.open(model))
     outcome, bar = Outcome(options.out), Bar()
@@ -130,12 +130,11 @@ def _work(
 
     settings = dict(plan.settings)
     parts = _parts(settings["parts"])
-    federation = _federation(split, model, parts, options.data)
     study = Study(
         parts,
-        federation,
+        federation(split, model, parts, options.data),
         split,
-        _ruler(settings),
+        ruler(settings),
         (digest, model),
         options.seed,
         settings["tunes"],
@@ -152,51 +151,6 @@ def _parts(said: dict[str, Any]) -> Parts:
     return Parts(**{**said, **lists})
 
 
-def _federation(split: Split, model: Path, parts: Parts, data: Path) -> Federation:
-    changes = merged(_shorter(model), cheap(model) if parts.cheap else {})
-    return Federation(
-        data.absolute(),
-        _names(split.seen),
-        tuple(held(task) for task in split.seen),
-        str(model),
-        parts.rounds,
-        changes,
-    )
-
-
-def cheap(model: Path) -> dict[str, Any]:
-    """The cheap setting: only the top third of the layers, whose inputs are computed once."""
-    from coldmerge.demo.plan import text_training
-
-    freeze = text_training(model)["freeze"]
-    if not freeze:
-        raise _no_layers(model, "numbered layers")
-    return {"train": {**load("cheap")["train"], "freeze": freeze}}
-
-
-def _shorter(model: Path) -> dict[str, Any]:
-    """Texts are cut to what the model has positions for, where that is less than usual."""
-    try:
-        said = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        room = said.get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):
-        return {}
-    # Some architectures begin to count behind the padding's place: two fewer.
-    usual = load(COMMON)["train"]["max_length"]
-    if not isinstance(room, int) or room < 4 or room - 2 >= usual:
-        return {}
-    return {"train": {"max_length": max(4, room - 2)}}
-
-
-def _settings(split: Split, model: Path, parts: Parts, data: Path) -> dict[str, Any]:
-    federation = _federation(split, model, parts, data)
-    train = federation.common["train"]
-    _check_layers(model, train["freeze"])
-    tune = {key: value for key, value in train.items() if key not in ("epochs", "max_examples")}
-    ruler = {"max_length": train["max_length"], "test": TEST, "pool": POOL, "draws": DRAWS}
-    return {"train": train, "ruler": ruler, "tune": tune, "tunes": TUNES, "parts": asdict(parts)}
-
-
 def _check_held(held: Sequence[str], split: Split) -> None:
     known = [*_names(split.seen), *_names(split.unseen)]
     unknown = [name for name in held if name not in known]
@@ -210,34 +164,16 @@ def _check_held(held: Sequence[str], split: Split) -> None:
         )
 
 
-def _ruler(settings: dict[str, Any]) -> Any:
-    from benchmarks.cold.measuring import Ruler
-
-    freeze = tuple(settings["train"]["freeze"]) if settings["parts"]["cheap"] else ()
-    return Ruler(freeze=freeze, tune=settings["tune"], **settings["ruler"])
-
-
-def _check_layers(model: Path, patterns: Sequence[str]) -> None:
-    from coldmerge.core.checkpoint import Checkpoint
-    from coldmerge.core.names import is_private
-
-    names = sorted(Checkpoint.open(model).tensors)
-    for pattern in patterns:
-        if not any(is_private(name, [pattern]) for name in names):
-            raise _no_layers(model, pattern)
-
-
-def _no_layers(model: Path, wanted: str) -> ConfigError:
-    from coldmerge.core.checkpoint import Checkpoint
-
-    return ConfigError(
-        "cold.no_layers",
-        f"The model {model.name} has no {wanted}, which are to be frozen.",
-        expected=wanted,
-        got=", ".join(sorted(Checkpoint.open(model).tensors)[:5]),
-        hint="Take an encoder with embeddings and, for the cheap setting, numbered layers.",
-        model=model,
-    )
+def _check_out(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(
+            "cold.bad_out",
+            f"{out} cannot be made a folder ({error.strerror}).",
+            expected="a folder of an earlier run, or a place for a new one",
+            hint="Give --out another folder.",
+        ) from error
 
 
 def _plan(
@@ -254,7 +190,7 @@ def _plan(
     data = split.seen[0].folder.parent
     costs = _costs(split, model, data, pool, asked, started)
     chosen, left_out = choose(asked, costs, budget)
-    settings = _settings(split, model, chosen, data)
+    settings = settings_of(split, model, chosen, data)
     libraries = ("coldmerge", "torch", "transformers", "numpy", "scikit-learn")
     return Plan(
         options=said,
@@ -292,7 +228,7 @@ def _costs(
     def costs(parts: Parts) -> float:
         nonlocal spent
         try:
-            settings = _settings(split, model, parts, data)
+            settings = settings_of(split, model, parts, data)
         except ConfigError:
             if parts.cheap == asked.cheap:
                 raise
@@ -304,8 +240,8 @@ def _costs(
             means = {key: fmean(vars(one)[key] for one in each) for key in vars(each[0])}
             speeds[parts.cheap] = Speed(**means)
             spent = time.monotonic() - started
-        federation = _federation(split, model, parts, data)
-        return spent + cost(parts, speeds[parts.cheap], sizes_of(split, settings), federation)
+        mine = federation(split, model, parts, data)
+        return spent + cost(parts, speeds[parts.cheap], sizes_of(split, settings), mine)
 
     return costs
 

@@ -119,6 +119,11 @@ def simulate(
     return found
 
 
+def release_folder(work: Path, run: Run) -> Path:
+    """Where a release of a simulation is laid out below `work`."""
+    return work / "releases" / f"{run.variant}-{run.seed}-{run.release}"
+
+
 def tidy(variant: str, seed: int, work: Path) -> None:
     """Remove the folder of a simulation: all that is needed of it was taken out."""
     shutil.rmtree(work / "simulations" / f"{variant}-{seed}", ignore_errors=True)
@@ -143,8 +148,11 @@ def remember(found: Simulated, file: Path) -> None:
     partial.rename(file)
 
 
-def recall(file: Path) -> Simulated | None:
-    """What `remember` wrote; None if there is nothing, or what was left is not there any more."""
+def recall(file: Path, *, last: bool = False) -> Simulated | None:
+    """What `remember` wrote; None if there is nothing, or what was left is not there any more.
+
+    With `last` only the last release has to be there.
+    """
     try:
         said = json.loads(file.read_text())
     except FileNotFoundError:
@@ -152,7 +160,7 @@ def recall(file: Path) -> Simulated | None:
     folders = {digest: Path(path) for digest, path in said["folders"].items()}
     sent = {task: Path(path) for task, path in said["sent"].items()}
     runs = tuple(Run(**run) for run in said["runs"])
-    needed = [folders[run.digest] for run in runs]
+    needed = [folders[run.digest] for run in (runs[-1:] if last else runs)]
     if not all(path.exists() for path in (*needed, *sent.values())):
         return None
     spent = {task: Run(**run) for task, run in said["spent"].items()}
@@ -174,7 +182,7 @@ def _collect(
         for release in result["releases"]:
             digest, number = str(release["digest"]), int(release["number"])
             if number or keep_sent:
-                folders[digest] = work / "releases" / f"{variant}-{total.seed}-{number}"
+                folders[digest] = release_folder(work, replace(total, release=number))
                 if not folders[digest].exists():
                     folders[digest].parent.mkdir(exist_ok=True)
                     exporting.lay_out(store, digest, folders[digest])

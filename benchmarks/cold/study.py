@@ -22,7 +22,8 @@ from benchmarks.cold.measuring import Ruler, Subject
 from benchmarks.cold.outcome import ALONE, BASE, MEAN, MULTITASK, ONESHOT, Outcome, Protocol, Run
 from benchmarks.cold.planning import Parts
 from benchmarks.cold.recipes import ONESHOT as MERGES
-from benchmarks.cold.recipes import Federation
+from benchmarks.cold.recipes import Federation, policies
+from benchmarks.cold.records import Records
 from benchmarks.cold.sets import Split
 from coldmerge.core.errors import ColdmergeError
 
@@ -66,6 +67,7 @@ class Study:
         self.failed: dict[str, str] = {}
         self._queue: list[_Job] = []
         self._count = itertools.count()
+        self._chosen = False
         self._known = {score.key for score in outcome.scores()}
         self._measured: list[jobs.Measured] = [
             *((task.folder, "seen") for task in split.seen),
@@ -85,7 +87,7 @@ class Study:
         self._begin()
         under_way: dict[Future[Any], _Job] = {}
         try:
-            while self._queue or under_way:
+            while self._queue or under_way or self._tune_best():
                 while self._queue and len(under_way) < WORKERS:
                     job = heapq.heappop(self._queue)
                     under_way[self.pool.submit(job.work, *job.about)] = job
@@ -100,6 +102,12 @@ class Study:
             for name in ("features", "merges", "pooled", "releases", "sent"):
                 shutil.rmtree(self.work / name, ignore_errors=True)
             complete.touch()
+
+    def left(self) -> list[str]:
+        """What is queued, in order; with an empty queue what follows when everything is probed."""
+        if not self._queue:
+            self._tune_best()
+        return [job.title for job in sorted(self._queue)]
 
     def _finish(self, job: _Job, future: Future[Any]) -> None:
         try:
@@ -171,7 +179,8 @@ class Study:
             simulations.tidy(variant, seed, self.work)
             self._simulated(stage, variant, seed, found)
 
-        done = simulations.recall(self.work / "done" / f"{variant}-{seed}")
+        recipe = variant in self.parts.recipes
+        done = simulations.recall(self.work / "done" / f"{variant}-{seed}", last=recipe)
         if done is not None:
             self._simulated(stage, variant, seed, done)
             return
@@ -193,7 +202,8 @@ class Study:
             if recipe and run.release < last:
                 shutil.rmtree(folder, ignore_errors=True)  # only the last one is measured
             else:
-                self._probe((*stage, 0), subject, self._tasks_of(variant), tidy=recipe)
+                tidy = recipe and variant not in self._tunable
+                self._probe((*stage, 0), subject, self._tasks_of(variant), tidy=tidy)
             if variant == MEAN and run.release == last:
                 self._tune((5, *stage[1:]), subject)
         if variant == f"{ONESHOT}mean":
@@ -293,10 +303,36 @@ class Study:
             variant = None if subject.variant in (BASE, MEAN) else subject.variant
             self._add(stage, 3.0 * len(half), title, jobs.probe, about, then, variant)
 
-    def _tune(self, stage: tuple[int, ...], subject: Subject) -> None:
+    @property
+    def _tunable(self) -> list[str]:
+        """Round policies, of which the best one is fine-tuned in the end: all stay till then."""
+        return policies(self.parts.recipes) if "ft100" in self.parts.protocols else []
+
+    def _tune_best(self) -> bool:
+        """100-shot fine-tuning of the best round policy; whether that leaves anything to do.
+
+        Asked when everything is probed. Where no policy beats the mean there is nothing.
+        """
+        if self._chosen or not self._tunable:
+            return False
+        self._chosen = True
+        choice = Records.read(self.outcome.folder).choice
+        best = choice.chosen if choice else MEAN
+        ran = [run for run in self.outcome.runs() if run.variant == best and best != MEAN]
+        for place, seed in enumerate(self.seeds):
+            mine = max((r for r in ran if r.seed == seed), key=lambda r: r.release, default=None)
+            folder = simulations.release_folder(self.work, mine) if mine else None
+            if mine and folder and folder.exists():
+                subject = Subject(best, mine.release, mine.digest, folder, (seed,))
+                self._tune((7, place), subject, ("ft100",))
+        return bool(self._queue)
+
+    def _tune(
+        self, stage: tuple[int, ...], subject: Subject, how: Sequence[str] = ("ft100", "full")
+    ) -> None:
         """Fine-tune a release on every set: unseen ones first."""
         for protocol, draws in (("ft100", self.tunes), ("full", 1)):
-            if protocol not in self.parts.protocols:
+            if protocol not in self.parts.protocols or protocol not in how:
                 continue
             for number, one in itertools.product(range(draws), self._measured):
                 key = (subject.variant, subject.seeds[0], subject.release, one[0].name, protocol)
@@ -305,4 +341,7 @@ class Study:
                 order = (stage[0], protocol == "full", number, one[1] == "seen", *stage[1:])
                 about = (subject, self.ruler, one, protocol, number)
                 title = f"{protocol} {subject.variant} {subject.release} {one[0].name}"
-                self._add(order, 14.0, title, jobs.tune, about, lambda f: self.outcome.note(*f))
+                variant = None if subject.variant in (BASE, MEAN) else subject.variant
+                self._add(
+                    order, 14.0, title, jobs.tune, about, lambda f: self.outcome.note(*f), variant
+                )

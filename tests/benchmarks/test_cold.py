@@ -120,6 +120,17 @@ def test_labels_are_words_as_contributors_read_them(tmp_path: Path) -> None:
     assert read_set(write(tmp_path / "a", train=padded, test=padded)).labels == ("-2", "--1", "é")
 
 
+def test_a_place_for_results_that_is_none_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        write(tmp_path / "data" / name)
+    (tmp_path / "file").write_text("")
+    words = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "file"), "--format", "json"]
+    assert main(words) == ConfigError.exit_status
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "cold.bad_out"
+
+
 def test_draws_hold_every_label_and_follow_from_name_and_number(tmp_path: Path) -> None:
     task = read_set(write(tmp_path / "a", train=[*rows(150, 2), {"text": "rare", "label": 7}]))
     pool = range(len(task.train))
