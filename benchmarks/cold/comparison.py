@@ -25,9 +25,9 @@ from coldmerge.core.errors import DataError
 GROUPS = ("seen", "unseen")
 PROTOCOLS = {
     "lp100": "linear probe, 100 examples",
-    "frozen": "linear probe, all examples",
+    "frozen": "linear probe, up to 500 examples",
     "ft100": "fine-tuning, 100 examples",
-    "full": "fine-tuning, all examples",
+    "full": "fine-tuning, up to 500 examples",
 }
 
 
@@ -168,8 +168,8 @@ class Accuracy(NamedTuple):
 
 
 def signed(value: float) -> str:
-    """`+1.5`; never `-0.0`."""
-    return f"{round(value, 1) + 0:+.1f}"
+    """`+1.5`; never `-0.0`, and the same for what JSON has with four digits."""
+    return f"{round(round(value, 4), 1) + 0:+.1f}"
 
 
 class Measurements:

@@ -54,7 +54,8 @@ class Interval:
         return self.high < 0
 
     def __str__(self) -> str:
-        return f"[{round(self.low, 1) + 0:+.1f}, {round(self.high, 1) + 0:+.1f}]"
+        low, high = (round(round(end, 4), 1) + 0 for end in (self.low, self.high))
+        return f"[{low:+.1f}, {high:+.1f}]"
 
 
 def points(values: Differences) -> float:

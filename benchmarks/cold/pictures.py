@@ -56,7 +56,10 @@ def gains(records: Records, protocol: str) -> Figure | None:
 
 def heatmap(records: Records, protocol: str) -> Figure | None:
     """Gain over the base of each contributor's own set (and each unseen one) by release."""
-    titles = {"seen": "Contributors, each on its own set", "unseen": "Unseen sets"}
+    titles = {
+        "seen": "Contributors, each on its own set, by release",
+        "unseen": "Unseen sets, by release",
+    }
     numbers = [n for n in records.measured.releases(MEAN, protocol) if n > 0]
     tables: dict[str, dict[str, list[float | None]]] = {}
     for group in GROUPS:

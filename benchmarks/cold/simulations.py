@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,9 @@ def coldmerge(*words: str | Path) -> dict[str, Any]:
     )
 
 
+@cache
 def starting() -> float:
-    """Seconds until a process of the product has loaded what it trains with."""
+    """Seconds until a process of the product has loaded what it trains with; measured once."""
     command = [sys.executable, "-c", "import coldmerge_client.training.fit, coldmerge_simulation"]
     started = time.perf_counter()
     subprocess.run(command, cwd=ROOT, env=_environment(), check=True)

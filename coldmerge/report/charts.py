@@ -67,7 +67,8 @@ def accuracy_curves(points: Sequence[CurvePoint], spread_over: str) -> Spec:
         x=alt.X("release:O", title="release", axis=alt.Axis(labelAngle=0)),
         color=alt.Color("group:N", scale=GROUPS, legend=None),
     )
-    mean = alt.Y("mean:Q", title="accuracy, points", scale=alt.Scale(zero=False, nice=True))
+    roomy = alt.Scale(zero=False, nice=False, padding=30)  # for the numbers beside the dots
+    mean = alt.Y("mean:Q", title="accuracy, points", scale=roomy)
     band = base.mark_area(opacity=0.14).encode(y=alt.Y("low:Q"), y2="high:Q")
     line = base.mark_line(strokeWidth=2.5).encode(y=mean)
     dots = base.mark_point(size=70, filled=True, opacity=1).encode(
