@@ -214,6 +214,8 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(row.get("text"), str) or not isinstance(pair, str | None):
         what = f"has no example with a text and a label in {where}"
         raise _unusable(path.parent, "bad_line", what, [line[:80]])
+    if not _is_unicode(row["text"], pair or "", str(row["label"])):
+        raise _unusable(path.parent, "bad_line", f"has half a character in {where}", None)
     if not row["text"].strip():
         raise _unusable(path.parent, "empty_text", f"has an empty text in {where}", None)
     return row
@@ -221,6 +223,15 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
 
 def _is_label(value: object) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip() != ""
+
+
+def _is_unicode(*texts: str) -> bool:
+    """JSON can hold half of a surrogate pair, which no file and no tokenizer takes."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unusable(folder: Path, what: str, why: str, got: Sequence[str] | None) -> DataError:

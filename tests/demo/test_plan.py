@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 
 from coldmerge.core.errors import ConfigError
 from coldmerge.demo.folders import Example, split
@@ -10,6 +11,7 @@ from coldmerge.demo.plan import Options, _all_but_the_top, _names, make_plan, mi
 from coldmerge.demo.run import silent
 from coldmerge.demo.stage import round_policy
 from coldmerge.rounds.policy import parse_template
+from coldmerge_client.training import models
 from coldmerge_client.training.config import TrainConfig
 
 
@@ -86,3 +88,21 @@ def test_the_round_policy_is_valid_and_no_single_veto_counts(organizations: int)
     assert policy.gate is not None
     assert policy.gate.max_vetoes >= 1
     assert policy.gate.min_evaluators <= organizations
+
+
+def test_heads_of_a_checkpoint_are_not_among_what_is_frozen(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    with models.quiet():
+        transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    patterns = _all_but_the_top(tmp_path)
+    assert "bert.encoder.layer.1.*" in patterns
+    assert "bert.embeddings.word_embeddings.weight" in patterns
+    body = models.load(transformers.AutoModel, tmp_path)
+    frozen = models.Names(body, tmp_path).frozen(patterns)
+    assert {name.split(".")[2] for name in frozen if name.startswith("encoder")} == {"0", "1"}
