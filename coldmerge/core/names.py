@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 _WRAPPERS = ("base_model.model.", "_orig_mod.", "module.")
 _INNER = (".base_layer.", ".modules_to_save.default.", ".modules_to_save.", "._orig_mod.")
 _LAYER_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_BODY = "body."
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)")
 
 
@@ -29,7 +30,8 @@ def match_names(base: Collection[str], names: Collection[str]) -> dict[str, str 
     """Map the tensor names of a fine-tune to those of its release; None: not in the release.
 
     Wrappers are stripped, then one leading component (`base_model_prefix`, such as `bert.`)
-    is stripped or added if that makes more names match. No two names map to the same one.
+    is stripped or added if that makes more names match; `body.`, as a mean-pooled model calls
+    what is below its head, may be replaced by one. No two names map to the same one.
     """
     by_key = {_key(name): name for name in sorted(base, reverse=True)}
     plain = {name: _key(canonical(name)) for name in sorted(names)}
@@ -53,7 +55,9 @@ def _prefixes(base: Collection[str], names: Collection[str]) -> list[tuple[str, 
         return sorted({name.split(".", 1)[0] + "." for name in group if "." in name})
 
     strips = [(prefix, "") for prefix in first(names)]
-    return [("", ""), *strips, *(("", prefix) for prefix in first(base))]
+    adds = [("", prefix) for prefix in first(base)]
+    both = [(_BODY, prefix) for _, prefix in adds] if (_BODY, "") in strips else []
+    return [("", ""), *strips, *adds, *both]
 
 
 def _assign(

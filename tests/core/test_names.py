@@ -121,3 +121,19 @@ def test_a_key_is_a_statistic_only_where_that_kind_is_shipped() -> None:
     assert split_key("a.weight.fisher", shipped) == ("a.weight.fisher", "")
     assert split_key("a.weight.lora_A", shipped) == ("a.weight", "A")
     assert split_key("gram", shipped) == ("gram", "")
+
+
+def test_what_is_below_a_pooled_head_may_have_a_prefix_in_the_release() -> None:
+    base = ["bert.embeddings.weight", "bert.encoder.layer.0.weight", "cls.bias"]
+    names = ["body.embeddings.weight", "body.encoder.layer.0.weight", "classifier.weight"]
+    assert match_names(base, names) == {
+        "body.embeddings.weight": "bert.embeddings.weight",
+        "body.encoder.layer.0.weight": "bert.encoder.layer.0.weight",
+        "classifier.weight": None,
+    }
+    adapted = [f"base_model.model.{name}" for name in names]
+    assert match_names(base, adapted) == {
+        f"base_model.model.{name}": known for name, known in match_names(base, names).items()
+    }
+    other = ["encoder.layer.0.weight"]
+    assert match_names(["decoder.layer.0.weight"], other) == {other[0]: None}
