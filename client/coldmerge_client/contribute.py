@@ -9,17 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from coldmerge.core.errors import ConfigError, ConflictError, ManifestError, PermissionDeniedError
+from coldmerge.core.errors import (
+    ConfigError,
+    ConflictError,
+    DataError,
+    ManifestError,
+    NotFoundError,
+    PermissionDeniedError,
+)
 from coldmerge.core.progress import Progress, silent
 from coldmerge.evaluation.metrics import PairedScores
 from coldmerge.rounds.statistics import statistics_for
 from coldmerge.wire.v1 import common_pb2, contributions_pb2
 from coldmerge_client import checkpoints
 from coldmerge_client.bases import NOT_APPROVED, base_of, staleness, unsent
-from coldmerge_client.evaluate import evaluate, leaving_scores, report
+from coldmerge_client.evaluate import evaluate, leaving_scores, report, slopes_of
 from coldmerge_client.files import exclusive
 from coldmerge_client.outbox import Outbox, OutboxEntry
 from coldmerge_client.policy import SendPolicy, said
@@ -308,7 +315,7 @@ class _Loop:
             self.session.home,
             self.model,
             keep=self.terms.keep,
-            candidate=round_.candidate_digest,
+            candidates=(round_.candidate_digest, *round_.probe.directions),
         )
         self.last = None
 
@@ -316,12 +323,23 @@ class _Loop:
         """What we find; None: our trainer does not give the number that a probe is for."""
         terms = self.terms
         try:
-            return evaluate(self.session, round_, terms.config, progress=terms.progress)
+            scores = evaluate(self.session, round_, terms.config, progress=terms.progress)
         except ConfigError as error:
             if error.code != "training.no_number":
                 raise
             self._tell("skipped", f"We do not measure probes: {error.message}", round_)
             return None
+        return self._with_slopes(round_, scores) if round_.probe.slopes else scores
+
+    def _with_slopes(self, round_: common_pb2.Round, scores: PairedScores) -> PairedScores:
+        """The scores, with the slopes that a probe asks for besides, where we have them."""
+        terms = self.terms
+        try:
+            found = slopes_of(self.session, round_, terms.config, progress=terms.progress)
+        except (ConfigError, DataError, NotFoundError) as error:
+            self._tell("skipped", f"We report no slopes: {error.message}", round_)
+            return scores
+        return replace(scores, slopes=found)
 
     def _may_leave(self, round_: common_pb2.Round, scores: PairedScores) -> bool:
         """Whether a person lets the scores leave, where the policy asks one."""

@@ -10,7 +10,7 @@ from coldmerge.core.errors import ConflictError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.evaluation.metrics import PairedScores
 from coldmerge.wire.v1 import common_pb2
-from coldmerge_client import papers, sent_log
+from coldmerge_client import papers, sent_log, slopes
 from coldmerge_client.bases import base_of
 from coldmerge_client.papers import Addressed, Body
 from coldmerge_client.prepare import Leaving
@@ -54,6 +54,37 @@ def evaluate(
     )
 
 
+def slopes_of(
+    session: Session,
+    round_: common_pb2.Round,
+    config: TrainConfig,
+    *,
+    progress: Progress = silent,
+) -> dict[str, tuple[float, ...]]:
+    """The slopes that a round asks for of its probe at hand, on this machine's validation data.
+
+    Raises:
+        ConfigError: the trainer has none.
+        DataError: the validation data cannot be used, or a slope is no number.
+        NotFoundError: the coordinator keeps a candidate no more along which they are told.
+    """
+    digests = (*round_.probe.directions, round_.candidate_digest)
+    start, *ends, here = [
+        Body(pull_candidate(session, round_.model, each, progress=progress).folder, each)
+        for each in digests
+    ]
+    return slopes.along(
+        config,
+        here,
+        slopes.Directions(start.folder, tuple(end.folder for end in ends)),
+        round_.probe_seed,
+        session.home.cache / "features",
+        progress,
+        objective=round_.probe.objective,
+        by_layer=round_.probe.slopes == "layer",
+    )
+
+
 def leaving_scores(round_: common_pb2.Round, scores: PairedScores) -> Leaving:
     """What leaves with a report, for a person to approve: numbers, no tensors."""
     numbers: dict[str, float] = {
@@ -65,6 +96,9 @@ def leaving_scores(round_: common_pb2.Round, scores: PairedScores) -> Leaving:
         "only_candidate_right": scores.gained,
         "only_base_right": scores.lost,
     } | {str(name): value for name, value in scores.means.items()}
+    for layer, along in scores.slopes.items():
+        names = (f"slope_{place}" + (f".{layer}" if layer else "") for place in range(len(along)))
+        numbers |= zip(names, along, strict=True)
     return Leaving(
         model=round_.model,
         base_number=round_.base_number,

@@ -152,6 +152,7 @@ def evaluation(
         gained=scores.gained,
         lost=scores.lost,
         means=dict(scores.means),
+        slopes=dict(scores.slopes),
         probe_seed=seed,
         created_at=now,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -294,8 +294,8 @@ def _local_sources(home: Home, model: str) -> dict[str, _Source]:
     return found
 
 
-def prune(home: Home, model: str, *, keep: int, candidate: str | None = None) -> None:
-    """Remove all but the newest `keep` releases, and every candidate but `candidate`.
+def prune(home: Home, model: str, *, keep: int, candidates: Collection[str] = ()) -> None:
+    """Remove all but the newest `keep` releases, and every candidate but `candidates`.
 
     What cannot be removed now, because another process does so too, goes the next time.
     """
@@ -303,5 +303,5 @@ def prune(home: Home, model: str, *, keep: int, candidate: str | None = None) ->
         shutil.rmtree(home.release(model, number), ignore_errors=True)
     folder = home.candidates(model)
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name != candidate:
+        if path.name not in candidates:
             shutil.rmtree(path, ignore_errors=True)

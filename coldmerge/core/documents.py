@@ -77,6 +77,14 @@ Mean = Literal["base_loss", "candidate_loss", "base_entropy", "candidate_entropy
 """Means over an evaluator's validation examples: see `Evaluation.means`."""
 LARGEST_MEAN = 1e4
 """In nats an example: far beyond what any model loses."""
+LARGEST_SLOPE = 1e6
+MOST_SLOPES = 2048
+"""Of an evaluation: its 64 KiB hold as many numbers of 17 characters, and some names."""
+
+Layer = Annotated[str, Field(pattern=rf"^({TENSOR_NAME})?$")]
+Slopes = Annotated[
+    tuple[Annotated[float, Field(ge=-LARGEST_SLOPE, le=LARGEST_SLOPE)], ...], FailFast()
+]
 
 
 class Document(BaseModel):
@@ -286,12 +294,13 @@ class Evaluation(Document):
 
     `gained`: items only the candidate got right; `lost`: items only the base got right.
     `means`, where the round asks for them: the mean loss of the probe, or the mean entropy of
-    its predictions, in nats an item.
+    its predictions, in nats an item. `slopes` are how that mean changes, to first order, from
+    here along the round's directions, in their order: by layer, or under "" in all layers at once.
     """
 
     schema_name = "coldmerge.evaluation/1"
     max_bytes = 2**16
-    later = frozenset({"means"})
+    later = frozenset({"means", "slopes"})
 
     federation: Identifier
     model: Identifier
@@ -309,6 +318,7 @@ class Evaluation(Document):
         dict[Mean, Annotated[float, Field(ge=0, le=LARGEST_MEAN)]],
         _at_most(4),
     ] = Field(default_factory=dict)
+    slopes: Annotated[dict[Layer, Slopes], _at_most(MOST_SLOPES)] = Field(default_factory=dict)
     created_at: AwareDatetime
 
 

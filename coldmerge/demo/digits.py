@@ -23,6 +23,7 @@ from coldmerge.core.errors import DataError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.demo import folders
 from coldmerge.demo.folders import Example, Task
+from coldmerge_client.training import implicit
 from coldmerge_client.training.config import SamConfig, TrainConfig
 from coldmerge_client.training.probe import fitted_probe
 from coldmerge_client.training.sam import ahead
@@ -179,6 +180,25 @@ class Digits:
         )
         progress("probe", 1, 1)
         return predicted
+
+    def gradient(
+        self, job: EvaluateJob, objective: str, progress: Progress = silent
+    ) -> dict[str, Floats]:
+        """How the probe's loss or entropy changes with the network's tensors."""
+        train, validation = folders.load_training(self.config.data.train)
+        network = _load(job.release)
+        progress("slopes", 0, 1)
+        found = network(_pixels([*train, *validation]))
+        known, new = np.split(found.detach().numpy(), [len(train)])
+        labels = [np.array([e.label for e in part], np.int64) for part in (train, validation)]
+        pulls = implicit.pulls(known, labels[0], new, labels[1], job.seed, objective)
+        found.backward(torch.from_numpy(np.concatenate(pulls).astype(np.float32)))
+        progress("slopes", 1, 1)
+        return {
+            name: part.grad.numpy()
+            for name, part in network.named_parameters()
+            if part.grad is not None
+        }
 
 
 def create(config: TrainConfig) -> Digits:

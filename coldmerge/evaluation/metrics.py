@@ -20,7 +20,7 @@ class PairedScores:
     """Two releases on the same `n` items.
 
     `gained`: items only the candidate got right; `lost`: items only the base got right. `means`
-    are those that a round asked for: see `coldmerge.core.documents.Evaluation`.
+    and `slopes` are those that a round asked for: see `coldmerge.core.documents.Evaluation`.
     """
 
     n: int
@@ -29,6 +29,7 @@ class PairedScores:
     gained: int
     lost: int
     means: Mapping[Mean, float] = field(default_factory=dict)
+    slopes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def accuracy(labels: Labels, predicted: Labels) -> float:

@@ -97,6 +97,11 @@ class Merger(BaseModel, ABC):
         """Statistics that every input must ship: of `fisher`, `gram`, `trim`."""
         return frozenset()
 
+    @property
+    def linear(self) -> bool:
+        """Whether what is merged is linear in the weights of the inputs, all else being equal."""
+        return False
+
     def cut_for(self, name: str, shape: tuple[int, ...]) -> Cut:
         """How one tensor may be cut, where not all are cut as `cut` says."""
         return self.cut

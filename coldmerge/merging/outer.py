@@ -33,6 +33,8 @@ class Outer(BaseModel, ABC):
 
     name: ClassVar[str]
     slots: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[bool] = False
+    """Whether a step is linear in τ, but for what the slots add."""
 
     @property
     def remembers(self) -> tuple[str, ...]:
@@ -64,6 +66,7 @@ class Plain(Outer):
     """No optimizer: θ ← θ + τ, as ColD Fusion (arXiv 2212.01378)."""
 
     name: ClassVar[str] = "none"
+    linear: ClassVar[bool] = True
 
     def step(
         self, tau: Floats64, theta: Floats32, slots: Slots, number: int
@@ -78,6 +81,7 @@ class Momentum(Outer):
 
     name: ClassVar[str] = "momentum"
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
+    linear: ClassVar[bool] = True
 
     lr: float = Field(default=1.0, gt=0, description="Length of a step.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="μ: how much of v is kept.")
@@ -156,6 +160,7 @@ class Ema(Outer):
 
     name: ClassVar[str] = "ema"
     slots: ClassVar[tuple[str, ...]] = ("fast",)
+    linear: ClassVar[bool] = True
 
     momentum: float = Field(default=0.9, ge=0, lt=1, description="m: how much of θ is kept.")
 

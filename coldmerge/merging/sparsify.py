@@ -58,6 +58,11 @@ class SparseMerger(Merger):
     )
     lambda_: float = Field(default=1.0, alias="lambda", description="Scale of the merged delta.")
 
+    @property
+    def linear(self) -> bool:
+        """Where all that is kept is added up: what is kept depends on no weight."""
+        return not (self.elects or self.normalize)
+
     @abstractmethod
     def mask(self, block: Block, i: int, tau: Floats32, fact: Any) -> Mask | None:
         """Which entries of `tau`, a row of the block, are kept; None: all of them."""

@@ -35,11 +35,39 @@ _NUMBERED = re.compile(r"(?:[^.]+\.)*?\d+(?=\.|$)")
 
 @dataclass(frozen=True)
 class Probe:
-    """A candidate that was measured: its number, its coefficients, and who reported what."""
+    """A candidate that was measured: its number, its coefficients, and who reported what.
+
+    `candidate` is its content digest. `slopes`, for each coefficient, are what was made of those
+    that evaluators reported; None: none were asked for, or too few came.
+    """
 
     number: int
     point: Point
     reports: Mapping[str, float]
+    candidate: str = ""
+    slopes: Point | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values that `from_json` reads back."""
+        return {
+            "number": self.number,
+            "point": list(self.point),
+            "reports": dict(self.reports),
+            "candidate": self.candidate,
+            "slopes": None if self.slopes is None else list(self.slopes),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_json` wrote, also before there were slopes."""
+        told = values.get("slopes")
+        return cls(
+            number=values["number"],
+            point=tuple(values["point"]),
+            reports=dict(values["reports"]),
+            candidate=values.get("candidate", ""),
+            slopes=None if told is None else tuple(told),
+        )
 
 
 @dataclass(frozen=True)
@@ -60,15 +88,11 @@ class Search:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values that `from_json` reads back."""
-        probes = [
-            {"number": one.number, "point": list(one.point), "reports": dict(one.reports)}
-            for one in self.probes
-        ]
         return {
             "atoms": [list(atom) for atom in self.atoms],
             "groups": list(self.groups),
             "point": list(self.point),
-            "probes": probes,
+            "probes": [one.to_json() for one in self.probes],
             "done": self.done,
             "why": self.why,
         }
@@ -80,10 +104,7 @@ class Search:
             atoms=tuple(tuple(atom) for atom in values["atoms"]),
             groups=tuple(values["groups"]),
             point=tuple(values["point"]),
-            probes=tuple(
-                Probe(one["number"], tuple(one["point"]), dict(one["reports"]))
-                for one in values["probes"]
-            ),
+            probes=tuple(Probe.from_json(one) for one in values["probes"]),
             done=values["done"],
             why=values["why"],
         )
@@ -183,12 +204,16 @@ def advance(
     number: int,
     reports: Mapping[str, float],
     seed: int,
+    *,
+    candidate: str = "",
+    slopes: Point | None = None,
 ) -> Search:
     """The search after the probe at hand (candidate `number`) was measured: the next, or the end.
 
     The end is the best point that was measured, the first of equals: at worst where it began.
     """
-    measured = (*search.probes, Probe(number, search.point, dict(sorted(reports.items()))))
+    found = Probe(number, search.point, dict(sorted(reports.items())), candidate, slopes)
+    measured = (*search.probes, found)
     after = replace(search, probes=measured)
     so_far = values([probe.reports for probe in measured], policy.clip)
     budget = policy.probes
@@ -210,7 +235,15 @@ def follows(search: Search, policy: CoefficientsPolicy, seed: int) -> bool:
     for probe in search.probes:
         if at.done or at.point != probe.point:
             return False
-        at = advance(at, policy, probe.number, probe.reports, seed)
+        at = advance(
+            at,
+            policy,
+            probe.number,
+            probe.reports,
+            seed,
+            candidate=probe.candidate,
+            slopes=probe.slopes,
+        )
     if search.done and not at.done:
         at = stopped(at, policy, search.why)
     return (at.point, at.done) == (search.point, search.done)
@@ -235,6 +268,9 @@ def _steps(search: Search, policy: CoefficientsPolicy, seed: int) -> Steps:
     )
     if policy.method == "fork":
         return descent.fork(box, _branches(search, policy))
+    if policy.method == "gradient":
+        told = {probe.point: probe.slopes for probe in search.probes if probe.slopes is not None}
+        return descent.gradient(box, len(search.groups), told)
     return descent.spsa(box) if policy.method == "spsa" else descent.quadratic(box)
 
 

@@ -1,4 +1,4 @@
-"""How merge coefficients are searched with nothing but values: which point is measured next.
+"""How merge coefficients are searched with values, or slopes: which point is measured next.
 
 Each search is a generator: it yields the points that it wants measured, is sent the value of
 each (smaller is better), and ends when it has no more questions. Whoever replays the values
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 Point = tuple[float, ...]
@@ -21,6 +21,9 @@ DIGITS = 6
 
 MOMENTUM, SCALE = 0.8, 0.95
 """How slowly the two averages of SPSA's gradients forget (Adam's β₁ and β₂)."""
+
+FIRST, SECOND = 0.9, 0.999
+"""The same where slopes are told: those of AdaMerging, and of Adam's paper."""
 
 DECAY = 0.101
 """How fast SPSA's perturbations shrink, as Spall (1998) advises."""
@@ -92,7 +95,7 @@ def spsa(box: Box) -> Steps:
     values says where to go. The last point measured is where the steps have led.
     """
     point, count = box.start, len(box.start)
-    first, second = [0.0] * count, [0.0] * count
+    adam = _Adam(count, MOMENTUM, SCALE)
     yield point
     steps = max(1, (box.budget - 2) // 2)
     for number in range(steps):
@@ -101,17 +104,71 @@ def spsa(box: Box) -> Steps:
         high = box.inside([p + size * s for p, s in zip(point, signs, strict=True)])
         low = box.inside([p - size * s for p, s in zip(point, signs, strict=True)])
         rise = (yield high) - (yield low)
-        length = box.step * (1 - number / (steps + 1))
-        moved = []
-        for i, (above, below) in enumerate(zip(high, low, strict=True)):
-            slope = rise / (above - below) if above != below else 0.0
-            first[i] = MOMENTUM * first[i] + (1 - MOMENTUM) * slope
-            second[i] = SCALE * second[i] + (1 - SCALE) * slope * slope
-            mean = first[i] / (1 - MOMENTUM ** (number + 1))
-            spread = math.sqrt(second[i] / (1 - SCALE ** (number + 1)))
-            moved.append(point[i] - (length * mean / spread if spread else 0.0))
-        point = box.inside(moved)
+        slopes = [
+            rise / (above - below) if above != below else 0.0
+            for above, below in zip(high, low, strict=True)
+        ]
+        by = adam.steps(slopes, box.step * (1 - number / (steps + 1)))
+        point = box.inside([p - b for p, b in zip(point, by, strict=True)])
     yield point
+
+
+def gradient(box: Box, groups: int, slopes: Mapping[Point, Sequence[float]]) -> Steps:
+    """Adam along slopes that are told (AdaMerging, arXiv 2310.02575): one point a step.
+
+    First the start is measured, and a step from it along each atom's `groups` coefficients at
+    once: what those points differ by is what slopes are later told along, and what their values
+    differ by are the first slopes. From then on `slopes` has those of each point that was
+    measured; at one that it lacks the search ends.
+    """
+    point, count = box.start, len(box.start)
+    origin = yield point
+    first_ones = {point}
+    told: Sequence[float] = [0.0] * count
+    for first in range(0, count, groups):
+        along = aside(box, first, groups)
+        rise = (yield along) - origin
+        first_ones.add(along)
+        here = rise / (along[first] - point[first]) / groups
+        told = [*told[:first], *([here] * groups), *told[first + groups :]]
+    adam = _Adam(count, FIRST, SECOND)
+    steps = max(1, box.budget - 1 - count // groups)
+    for number in range(steps):
+        by = adam.steps(told, box.step * (1 - number / (steps + 1)))
+        point = box.inside([p - b for p, b in zip(point, by, strict=True)])
+        yield point
+        if point in slopes:
+            told = slopes[point]
+        elif point not in first_ones:
+            return
+
+
+def aside(box: Box, first: int, count: int) -> Point:
+    """The start with `count` coordinates from `first` on moved by the step: up, where it fits."""
+    by = box.step if box.start[first] + box.step <= box.upper else -box.step
+    return box.inside(
+        [v + by * (first <= place < first + count) for place, v in enumerate(box.start)]
+    )
+
+
+class _Adam:
+    """Averages of slopes and of their squares, and the steps that follow from them."""
+
+    def __init__(self, count: int, momentum: float, scale: float) -> None:
+        self._first, self._second = [0.0] * count, [0.0] * count
+        self._momentum, self._scale, self._number = momentum, scale, 0
+
+    def steps(self, slopes: Sequence[float], length: float) -> list[float]:
+        """How far to go down each axis after these slopes, about `length` where they agree."""
+        self._number += 1
+        found = []
+        for i, slope in enumerate(slopes):
+            self._first[i] = self._momentum * self._first[i] + (1 - self._momentum) * slope
+            self._second[i] = self._scale * self._second[i] + (1 - self._scale) * slope * slope
+            mean = self._first[i] / (1 - self._momentum**self._number)
+            spread = math.sqrt(self._second[i] / (1 - self._scale**self._number))
+            found.append(length * mean / spread if spread else 0.0)
+        return found
 
 
 def fork(box: Box, branches: Sequence[Point]) -> Steps:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime
 
-from coldmerge.rounds import coefficients
+from coldmerge.rounds import coefficients, slopes
 from coldmerge.rounds.coefficients import Search
+from coldmerge.rounds.policy import CoefficientsPolicy
 from coldmerge.rounds.view import Notify, Outcome, RoundView, abandoned, back_to_sealed
 
 
@@ -22,13 +23,37 @@ def measure(view: RoundView, now: datetime) -> Outcome:
     if now < view.evaluation_closes_at and not (enough and not missing):
         return view, ()
     if enough:
-        after = coefficients.advance(search, rules, view.trial, reports, view.probe_seed)
-        return _next(view, after)
+        return _advanced(view, rules, search, reports)
     why = (
         f"only {len(reports)} of at least {rules.min_evaluators} evaluators measured probe "
         f"{view.trial + 1} in time"
     )
     moved, _ = _next(view, coefficients.stopped(search, rules, why))
+    return moved, (Notify("round.stuck", moved.reason or why),)
+
+
+def _advanced(
+    view: RoundView, rules: CoefficientsPolicy, search: Search, reports: dict[str, float]
+) -> Outcome:
+    found = {item.contributor: slopes.reported(search, item) for item in view.evaluations}
+    told = {name: each for name, each in found.items() if each is not None and name in reports}
+    wanted = slopes.asked(search, rules)
+    after = coefficients.advance(
+        search,
+        rules,
+        view.trial,
+        reports,
+        view.probe_seed,
+        candidate=view.candidate_digest or "",
+        slopes=slopes.combined(search, rules, told) if wanted else None,
+    )
+    if not (wanted and after.done and len(told) < rules.min_evaluators):
+        return _next(view, after)
+    why = (
+        f"{after.why}: only {len(told)} of at least {rules.min_evaluators} evaluators reported "
+        f"slopes of probe {view.trial + 1}"
+    )
+    moved, _ = _next(view, replace(after, why=why))
     return moved, (Notify("round.stuck", moved.reason or why),)
 
 

@@ -39,6 +39,8 @@ _METHOD = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _CRON = re.compile(r"\S+(?: +\S+){4,5}")
 SMALLEST_COHORT = 2
 """Fewer, round after round and without anybody's doing, would publish single task vectors."""
+SHORTEST_DIRECTION = 1e-3
+"""How far apart candidates are whose difference is taken for a task vector."""
 _HINT = 'Write a number and a unit, such as "90s", "10m", "24h" or "7d".'
 
 
@@ -136,14 +138,15 @@ class CoefficientsPolicy(_Frozen):
     on; at most `probes` of them are made, by `method` (see `coldmerge.rounds.descent`), `step` of
     the range apart. Contributors report the `objective` of each on their own validation data
     within `window`; fewer than `min_evaluators` end the search with the best that was measured.
-    One evaluator's changes count for at most `clip` times the median evaluator's.
+    One evaluator's changes count for at most `clip` times the median evaluator's. With
+    `method: gradient` they report its slopes too: see `coldmerge.rounds.slopes`.
 
     A coefficient is of a task vector, or (`granularity: layer`) of each layer of it. Contributors
     who did not consent to coefficients of their own share them with others: see
     `coldmerge.rounds.coefficients.atoms`; `least` are in such a group.
     """
 
-    method: Literal["quadratic", "spsa", "fork"] = "quadratic"
+    method: Literal["quadratic", "spsa", "gradient", "fork"] = "quadratic"
     objective: Literal["loss", "entropy", "accuracy"] = "loss"
     granularity: Literal["task", "layer"] = "task"
     probes: int = Field(default=24, ge=4, le=1000)
@@ -163,6 +166,21 @@ class CoefficientsPolicy(_Frozen):
             raise ValueError("upper must be above lower")
         if not self.lower <= self.initial <= self.upper:
             raise ValueError("initial must lie between lower and upper")
+        return self
+
+    @model_validator(mode="after")
+    def _has_slopes(self) -> Self:
+        if self.method != "gradient":
+            return self
+        if self.objective == "accuracy":
+            raise ValueError(
+                "method: gradient needs an objective that has slopes: take loss or entropy"
+            )
+        if self.step * (self.upper - self.lower) < SHORTEST_DIRECTION:
+            raise ValueError(
+                f"method: gradient needs a step of at least {SHORTEST_DIRECTION:g} between lower "
+                "and upper: what differs less is rounding"
+            )
         return self
 
 

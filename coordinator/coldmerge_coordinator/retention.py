@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from coldmerge_coordinator import audit
 from coldmerge_coordinator.actors import COORDINATOR
 from coldmerge_coordinator.service.uploads import contribution_id, forget, payload_name
-from coldmerge_coordinator.store import Store, collection, trials
+from coldmerge_coordinator.store import Store, collection, learned, trials
 from coldmerge_coordinator.store.contributions import REPLACED, WITHDRAWN
 from coldmerge_coordinator.store.models import (
     Blob,
@@ -186,9 +186,10 @@ def _blobs(store: Store, now: datetime, dry_run: bool) -> Iterator[Collected]:
 def _live(session: Session, since: datetime) -> Iterator[bytes]:
     """What releases, and the candidates of rounds that go on or ended after `since`, consist of."""
     kept = or_(Round.active, Round.ended_at.is_(None), Round.ended_at >= since)
-    going_on = session.scalars(select(Round).where(Round.active, Round.isolation.is_not(None)))
+    going_on = session.scalars(select(Round).where(Round.active)).all()
     tried = [trial for row in going_on for trial in trials.of(row)]
     digests_of_trials = {one for t in tried for one in (t.digest, t.master, t.state) if one}
+    digests_of_trials |= {one for row in going_on for one in learned.directions_of(row)}
     tables: tuple[tuple[Any, Any, Any, Any, Any], ...] = (
         (Release.content_digest, Round.candidate_digest, Content, Content.listing, _of_content),
         (Release.master_digest, Round.candidate_master, Master, Master.tensors, _of_master),

@@ -15,7 +15,7 @@ from coldmerge.rounds.coefficients import Search, Weights, atoms, group_of, valu
 from coldmerge.rounds.policy import CoefficientsPolicy, RoundPolicy
 
 NAMES = tuple(f"org-{number:02}" for number in range(24))
-METHODS = ("quadratic", "spsa", "fork")
+METHODS = ("quadratic", "spsa", "fork", "gradient")
 QUICK = settings(deadline=None, max_examples=40)
 Loss = Callable[[Search], Mapping[str, float]]
 

@@ -72,6 +72,27 @@ def fitted_probe(
     Raises:
         DataError: rows and labels differ in number, or the labels are all the same.
     """
+    probe, mean, scale = fit(features_train, labels_train, features_test, labels_test, seed)
+    with _pools().limit(limits=1):
+        tested = (features_test - mean) / scale
+        predicted, chances = probe.predict(tested), probe.predict_proba(tested)
+    loss, entropy = _means(probe.classes_, chances, labels_test)
+    right, found = labels_test.astype(np.int64), predicted.astype(np.int64)
+    return Predictions(right, found, loss, entropy)
+
+
+def fit(
+    features_train: Floats,
+    labels_train: NDArray[np.integer[Any]],
+    features_test: Floats,
+    labels_test: NDArray[np.integer[Any]],
+    seed: int,
+) -> tuple[Any, NDArray[np.float64], float]:
+    """The probe, and the mean [hidden] and scale that it takes features by.
+
+    Raises:
+        DataError: rows and labels differ in number, or the labels are all the same.
+    """
     from sklearn.linear_model import LogisticRegression
 
     for features, labels in ((features_train, labels_train), (features_test, labels_test)):
@@ -90,15 +111,11 @@ def fitted_probe(
             hint="Raise `evaluate.max_examples`, or add examples of other labels.",
         )
     mean = features_train.mean(axis=0, dtype=np.float64)
-    scale = np.sqrt(features_train.var(dtype=np.float64)) or 1.0
+    scale = float(np.sqrt(features_train.var(dtype=np.float64))) or 1.0
     probe = LogisticRegression(C=STRENGTH, max_iter=MAX_ITERATIONS, random_state=seed)
     with _pools().limit(limits=1):  # BLAS threads that spin make this many times slower
         probe.fit((features_train - mean) / scale, labels_train)
-        tested = (features_test - mean) / scale
-        predicted, chances = probe.predict(tested), probe.predict_proba(tested)
-    loss, entropy = _means(probe.classes_, chances, labels_test)
-    right, found = labels_test.astype(np.int64), predicted.astype(np.int64)
-    return Predictions(right, found, loss, entropy)
+    return probe, mean, scale
 
 
 def _means(
@@ -178,6 +195,25 @@ class Encoder:
         self._each(examples, mean, freeze, cache)
         return found
 
+    def pulled(self, examples: Sequence[Features], pulls: Floats) -> dict[str, Floats]:
+        """The gradient of Σ pulls · pooled features, by the release's names of tensors.
+
+        `pulls` is float32 [n, hidden], a row for each example. One pass back, a batch at a time,
+        added up in float32; parameters that the release does not have are left out.
+        """
+        for group in batches.by_length(examples, self.batch_size):
+            states = self._states(self._collate([examples[position] for position in group]))
+            lengths = [len(examples[position]["attention_mask"]) for position in group]
+            means = [states[row, :length].float().mean(0) for row, length in enumerate(lengths)]
+            towards = torch.from_numpy(pulls[group]).to(states.device)
+            (torch.stack(means) * towards).sum().backward()
+        names = models.Names(self.body, self.folder)
+        return {
+            known: names.parameters[name].grad.float().cpu().numpy()
+            for name, known in names.canonical.items()
+            if known is not None and names.parameters[name].grad is not None
+        }
+
     def pieces(self, examples: Sequence[Features], places: Sequence[Sequence[int]]) -> list[Floats]:
         """The states at the given places of each example: float32 [places, hidden] each."""
         found: list[Floats] = [np.zeros((0, 0), np.float32)] * len(examples)
@@ -239,13 +275,32 @@ def cached(job: EvaluateJob, what: object, compute: Any) -> dict[str, torch.Tens
         return found
 
 
+Columns = tuple[Sequence[str], Sequence[str | None], Sequence[int]]
+"""Texts, pairs, labels."""
+
+
 def probe_texts(
-    job: EvaluateJob,
-    train: tuple[Sequence[str], Sequence[str | None], Sequence[int]],
-    validation: tuple[Sequence[str], Sequence[str | None], Sequence[int]],
-    progress: Progress = silent,
+    job: EvaluateJob, train: Columns, validation: Columns, progress: Progress = silent
 ) -> Predictions:
     """Predictions for the validation part (texts, pairs, labels)."""
+    progress("probe", 0, 2)
+    with models.threads(job.config):
+        features = text_features(job, train, validation)
+        progress("probe", 1, 2)
+        here = len(train[0])
+        predicted = fitted_probe(
+            features[:here],
+            np.asarray(train[2]),
+            features[here:],
+            np.asarray(validation[2]),
+            job.seed,
+        )
+    progress("probe", 2, 2)
+    return predicted
+
+
+def text_features(job: EvaluateJob, train: Columns, validation: Columns) -> Floats:
+    """Of the texts of both parts, one after the other: float32 [n, hidden]."""
     texts, pairs = [*train[0], *validation[0]], [*train[1], *validation[1]]
     config, where = job.config, models.device(job.config)
     bf16 = models.use_bf16(config, where)
@@ -263,18 +318,7 @@ def probe_texts(
         )
         return {"features": torch.from_numpy(found)}
 
-    progress("probe", 0, 2)
-    with models.threads(config):
-        what = [texts, pairs, config.max_length, bf16]
-        features = cached(job, what, compute)["features"].numpy()
-        progress("probe", 1, 2)
-        here = len(train[0])
-        predicted = fitted_probe(
-            features[:here],
-            np.asarray(train[2]),
-            features[here:],
-            np.asarray(validation[2]),
-            job.seed,
-        )
-    progress("probe", 2, 2)
-    return predicted
+    found: Floats = cached(job, [texts, pairs, config.max_length, bf16], compute)[
+        "features"
+    ].numpy()
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from coldmerge.core.progress import Progress, silent
-from coldmerge_client.training import batches, data, heads, models, pooled, probe
+from coldmerge_client.training import batches, data, heads, implicit, models, pooled, probe
 from coldmerge_client.training.config import TrainConfig
 from coldmerge_client.training.huggingface import HuggingFaceTrainer, Prepared
 from coldmerge_client.training.trainer import EvaluateJob, Predictions, TrainJob
@@ -55,11 +55,20 @@ class SequenceClassification(HuggingFaceTrainer):
 
     def predict(self, job: EvaluateJob, progress: Progress = silent) -> Predictions:
         """A probe on mean-pooled features, refitted on the training data of this release."""
+        return probe.probe_texts(job, *self._halves(job), progress)
+
+    def gradient(
+        self, job: EvaluateJob, objective: str, progress: Progress = silent
+    ) -> dict[str, probe.Floats]:
+        """How what `predict` measures changes with the release's tensors."""
+        return implicit.slopes_of_texts(job, *self._halves(job), objective, progress)
+
+    def _halves(self, job: EvaluateJob) -> tuple[probe.Columns, probe.Columns]:
         limit = self.config.evaluate.max_examples
         found = data.classification(self.config.data, (), job.cache)
         train = data.subset(found.train, limit, 0)
         validation = data.draw(found.validation, limit, 0)
-        return probe.probe_texts(job, _columns(train), _columns(validation), progress)
+        return _columns(train), _columns(validation)
 
 
 def _columns(

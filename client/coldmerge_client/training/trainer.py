@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -132,6 +132,37 @@ def measuring(trainer: Trainer, config: TrainConfig) -> Measures:
             hint="See coldmerge_client.training.Measures for what it has to do.",
         )
     return cast("Measures", trainer)
+
+
+class Slopes(Protocol):
+    """What a trainer may have besides, for rounds that learn coefficients from slopes."""
+
+    def gradient(
+        self, job: EvaluateJob, objective: str, progress: Progress = silent
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """How `objective` (`loss` or `entropy`, as `predict` gives it) changes with the release.
+
+        By the release's names of tensors, each in its shape; those left out change nothing.
+        """
+        ...
+
+
+def sloping(trainer: Trainer, config: TrainConfig) -> Slopes:
+    """`trainer`, if it has slopes.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not callable(getattr(trainer, "gradient", None)):
+        raise ConfigError(
+            "training.no_slopes",
+            f"The trainer {config.trainer} gives no slopes, which the round asks for.",
+            expected="a trainer with the method `gradient`",
+            got=type(trainer).__name__,
+            hint="See coldmerge_client.training.Slopes for what it has to do; our numbers count "
+            "without them.",
+        )
+    return cast("Slopes", trainer)
 
 
 def load_trainer(config: TrainConfig) -> Trainer:

@@ -34,6 +34,11 @@ class TaskArithmetic(Merger):
     normalize: bool = Field(default=False, description="Divide by the sum of the weights.")
     lambda_: float = Field(default=1.0, alias="lambda", description="Scale of the merged delta.")
 
+    @property
+    def linear(self) -> bool:
+        """Yes, unless their sum divides."""
+        return not self.normalize
+
     def merge(self, block: Block, facts: Any) -> Floats32:
         """The sum, in float32 as mergekit computes it.
 

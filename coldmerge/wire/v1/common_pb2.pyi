@@ -158,14 +158,18 @@ class Round(_message.Message):
     def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[Round.State, str]] = ..., mode: _Optional[_Union[Round.Mode, str]] = ..., base_number: _Optional[int] = ..., base_digest: _Optional[str] = ..., opened_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., closes_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., min_contributions: _Optional[int] = ..., max_contributions: _Optional[int] = ..., contributions: _Optional[int] = ..., candidate_digest: _Optional[str] = ..., evaluation_closes_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., min_evaluators: _Optional[int] = ..., evaluations: _Optional[int] = ..., release_number: _Optional[int] = ..., reason: _Optional[str] = ..., held: _Optional[bool] = ..., policy_json: _Optional[str] = ..., probe_seed: _Optional[int] = ..., trial: _Optional[int] = ..., left_out: _Optional[int] = ..., trials: _Optional[_Iterable[_Union[Trial, _Mapping]]] = ..., remerge: _Optional[bool] = ..., bases: _Optional[_Iterable[_Union[AdmittedBase, _Mapping]]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probes: _Optional[_Iterable[_Union[MeasuredProbe, _Mapping]]] = ...) -> None: ...
 
 class Probe(_message.Message):
-    __slots__ = ("number", "most", "objective")
+    __slots__ = ("number", "most", "objective", "directions", "slopes")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     MOST_FIELD_NUMBER: _ClassVar[int]
     OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
+    DIRECTIONS_FIELD_NUMBER: _ClassVar[int]
+    SLOPES_FIELD_NUMBER: _ClassVar[int]
     number: int
     most: int
     objective: str
-    def __init__(self, number: _Optional[int] = ..., most: _Optional[int] = ..., objective: _Optional[str] = ...) -> None: ...
+    directions: _containers.RepeatedScalarFieldContainer[str]
+    slopes: str
+    def __init__(self, number: _Optional[int] = ..., most: _Optional[int] = ..., objective: _Optional[str] = ..., directions: _Optional[_Iterable[str]] = ..., slopes: _Optional[str] = ...) -> None: ...
 
 class MeasuredProbe(_message.Message):
     __slots__ = ("number", "evaluators", "value", "point")

@@ -13,7 +13,7 @@ from coldmerge.merging import Recipe, Setting, Uniform, merger_class, uniform
 from coldmerge.merging.merger import Scope
 from coldmerge.merging.outer import Outer, outer
 from coldmerge.rounds.coefficients import SMALLEST, Weights, group_of
-from coldmerge.rounds.policy import MergePolicy, Parameters, RoundPolicy
+from coldmerge.rounds.policy import CoefficientsPolicy, MergePolicy, Parameters, RoundPolicy
 from coldmerge.rounds.statistics import statistics_for
 
 
@@ -61,11 +61,27 @@ def check_size(policy: RoundPolicy, content: Content) -> None:
     """Check that the merge of a round on this release fits into what the method may take.
 
     Raises:
-        ConfigError: it does not, with as many contributions as the round waits for.
+        ConfigError: it does not, with as many contributions as the round waits for; or slopes
+            shall be learned from, and the release is rounded.
     """
+    _check_precision(policy.merge, content)
     elements = sum(size(entry.shape) for entry in content.tensors if entry.dtype in FLOATS)
     count = policy.seals_at or policy.min_contributions
     recipe_of(policy.merge, [1.0] * count).merger.check_size(elements, count)
+
+
+def _check_precision(policy: MergePolicy, content: Content) -> None:
+    rounded = sorted({e.dtype for e in content.tensors if e.dtype in FLOATS} - {"F32"})
+    if policy.coefficients is None or policy.coefficients.method != "gradient" or not rounded:
+        return
+    raise ConfigError(
+        "policy.coefficients_rounded",
+        "Slopes are told along differences of candidates, and those of this model are published "
+        f"in {', '.join(rounded)}: what they differ by would mostly be rounding.",
+        expected="a model published in F32",
+        got=", ".join(rounded),
+        hint="Set `merge.coefficients.method` to spsa or quadratic, or add the model in float32.",
+    )
 
 
 def outer_of(policy: MergePolicy) -> Outer:
@@ -114,6 +130,7 @@ def _check_coefficients(policy: MergePolicy) -> None:
     rules = policy.coefficients
     if rules is None:
         return
+    _check_linear(policy, rules)
     bounds = [each if abs(each) >= SMALLEST else SMALLEST for each in (rules.lower, rules.upper)]
     recipe = uniform(merger_class(policy.method), policy.parameters, bounds)
     if rules.granularity == "layer" and recipe.merger.scope is Scope.GLOBAL:
@@ -125,6 +142,26 @@ def _check_coefficients(policy: MergePolicy) -> None:
             got="granularity: layer",
             hint="Set `merge.coefficients.granularity` to task, or take another method.",
         )
+
+
+def _check_linear(policy: MergePolicy, rules: CoefficientsPolicy) -> None:
+    """Whether candidates differ by task vectors, where slopes are told along them."""
+    if rules.method != "gradient":
+        return
+    merger = uniform(merger_class(policy.method), policy.parameters, [1.0]).merger
+    optimizer = outer_of(policy)
+    if merger.linear and optimizer.linear:
+        return
+    bent = policy.method if not merger.linear else f"the outer optimizer {optimizer.name}"
+    raise ConfigError(
+        "policy.coefficients_not_linear",
+        f"What {bent} makes of the inputs is not linear in their coefficients: candidates do not "
+        "differ by what slopes are told along.",
+        expected="a sum, such as task_arithmetic, that no sum of weights divides",
+        got=bent,
+        hint="Set `merge.coefficients.method` to quadratic or spsa, or `merge.method` to "
+        "task_arithmetic.",
+    )
 
 
 def _resolved(policy: MergePolicy) -> MergePolicy:

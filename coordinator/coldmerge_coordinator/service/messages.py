@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from coldmerge.core.documents import Signed
-from coldmerge.rounds import coefficients
+from coldmerge.rounds import coefficients, slopes
 from coldmerge.rounds.isolation import Trial
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import State
@@ -129,7 +129,11 @@ def _put_probes(message: common_pb2.Round, row: Round, policy: RoundPolicy, who:
     if not search.done and State(row.state).active:
         message.probe.CopyFrom(
             common_pb2.Probe(
-                number=len(search.probes) + 1, most=rules.probes, objective=rules.objective
+                number=len(search.probes) + 1,
+                most=rules.probes,
+                objective=rules.objective,
+                directions=slopes.directions(search, rules),
+                slopes=slopes.asked(search, rules),
             )
         )
     if who.sees_all:

@@ -18,7 +18,7 @@ from coldmerge_coordinator.service.messages import (
     model_message,
     release_message,
 )
-from coldmerge_coordinator.store import keys, releases
+from coldmerge_coordinator.store import keys, learned, releases
 from coldmerge_coordinator.store.blobs import Readable
 
 
@@ -58,7 +58,8 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
             found = releases.find_release(session, request.model, digest)
             if found is not None:
                 return release_message(session, found)
-            if releases.is_candidate(session, request.model, digest):
+            known = releases.is_candidate(session, request.model, digest)
+            if known or learned.is_direction(session, request.model, digest):
                 return candidate_message(session, request.model, digest)
         raise NotFoundError(
             "release.no_such_digest",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from sqlalchemy import select
@@ -18,9 +18,10 @@ from coldmerge.core.errors import ManifestError
 from coldmerge.core.names import split_key
 from coldmerge.merging import merger_class
 from coldmerge.merging.merger import Share
-from coldmerge.rounds import coefficients
+from coldmerge.rounds import coefficients, slopes
 from coldmerge.rounds.coefficients import Search, Weights
-from coldmerge.rounds.policy import RoundPolicy
+from coldmerge.rounds.descent import Point
+from coldmerge.rounds.policy import CoefficientsPolicy, RoundPolicy
 from coldmerge_coordinator.store import contributions
 from coldmerge_coordinator.store.models import Contribution, Round
 from coldmerge_coordinator.store.models import Evaluation as EvaluationRow
@@ -41,7 +42,8 @@ def sealing(
     """The search of a round whose inputs are frozen now.
 
     It is over before it begins where nothing can be learned: all have one coefficient, and the
-    method takes shares. Where a record could not name them all, layers share their coefficient.
+    method takes shares. Where a record could not name them all, or an evaluation not the slopes
+    of them all, layers share their coefficient.
     """
     rules = policy.merge.coefficients
     if rules is None:
@@ -55,7 +57,8 @@ def sealing(
     names = [manifest.contributor for manifest in manifests]
     alone = [one.contributor for one in manifests if LEARN_COEFFICIENTS in one.consents]
     found = coefficients.begin(rules, names, alone, tensors, row.probe_seed)
-    if len(found.groups) * len(names) > MOST:
+    crowded = rules.method == "gradient" and not slopes.fit(found)
+    if crowded or len(found.groups) * len(names) > MOST:
         whole = rules.model_copy(update={"granularity": "task"})
         found = coefficients.begin(whole, names, alone, (), row.probe_seed)
     if len(found.atoms) < 2 and issubclass(merger_class(policy.merge.method).Each, Share):
@@ -72,11 +75,24 @@ def weights_of(row: Round) -> Weights | None:
     return Weights({name: search.of(name) for atom in search.atoms for name in atom})
 
 
+def directions_of(row: Round) -> tuple[str, ...]:
+    """Content digests of candidates that evaluators need while a round asks for slopes."""
+    rules = RoundPolicy.model_validate(row.policy).merge.coefficients
+    search = search_of(row)
+    return slopes.directions(search, rules) if rules and search and not search.done else ()
+
+
+def is_direction(session: Session, model: str, digest: str) -> bool:
+    """Whether slopes are told along the candidate of that content digest."""
+    query = select(Round).where(Round.model == model, Round.active)
+    return any(digest in directions_of(row) for row in session.scalars(query))
+
+
 def check_report(row: Round, policy: RoundPolicy, evaluation: Evaluation) -> None:
     """Refuse an evaluation of a probe that does not hold the number that was asked for.
 
     Raises:
-        ManifestError: it does not.
+        ManifestError: it does not, or it has slopes of something else.
     """
     rules, search = policy.merge.coefficients, search_of(row)
     if rules is None or search is None or search.done:
@@ -89,6 +105,16 @@ def check_report(row: Round, policy: RoundPolicy, evaluation: Evaluation) -> Non
             got=", ".join(sorted(evaluation.means)) or "none",
             hint="Run the coordinator's version of coldmerge; a trainer of one's own must return "
             "`loss` and `entropy` with its predictions.",
+            round=row.id,
+        )
+    if evaluation.slopes and slopes.reported(search, evaluation) is None:
+        raise ManifestError(
+            "evaluation.other_slopes",
+            f"The evaluation by {evaluation.contributor} has slopes along other directions than "
+            "the round's.",
+            expected=f"{len(search.atoms)} slopes for each of {len(search.groups)} layers",
+            got=", ".join(f"{len(v)} of {k or 'all'}" for k, v in evaluation.slopes.items())[:200],
+            hint="Run the coordinator's version of coldmerge.",
             round=row.id,
         )
 
@@ -105,15 +131,32 @@ def problems(session: Session, row: Round, policy: RoundPolicy) -> Iterator[str]
     if rules is None or search is None:
         return
     query = select(EvaluationRow).where(EvaluationRow.round == row.id)
-    said: dict[int, dict[str, float | None]] = {}
+    signed: dict[int, dict[str, Evaluation]] = {}
     for item in session.scalars(query):
-        value = coefficients.asked(rules, Evaluation.parse(item.document))
-        said.setdefault(item.trial, {})[item.contributor] = value
-    for probe in search.probes:
-        if not probe.reports.items() <= said.get(probe.number, {}).items():
+        signed.setdefault(item.trial, {})[item.contributor] = Evaluation.parse(item.document)
+    for place, probe in enumerate(search.probes):
+        said = signed.get(probe.number, {})
+        values = {name: coefficients.asked(rules, one) for name, one in said.items()}
+        if not probe.reports.items() <= values.items():
             yield f"probe {probe.number + 1} was not measured as its signed evaluations say"
+        elif probe.slopes != _slopes(search, rules, place, said):
+            yield f"probe {probe.number + 1} has other slopes than its signed evaluations say"
+        elif any(probe.candidate not in ("", each.candidate_digest) for each in said.values()):
+            yield f"probe {probe.number + 1} was of another candidate than was evaluated"
     if not coefficients.follows(search, rules, row.probe_seed):
         yield "the coefficients do not follow from what was reported of the probes"
+
+
+def _slopes(
+    search: Search, rules: CoefficientsPolicy, place: int, said: Mapping[str, Evaluation]
+) -> Point | None:
+    """The slopes of the probe at `place`, of what was signed by those who measured it."""
+    before = replace(search, probes=search.probes[:place], done=False)
+    if not slopes.asked(before, rules):
+        return None
+    found = {name: slopes.reported(search, said[name]) for name in search.probes[place].reports}
+    told = {name: each for name, each in found.items() if each is not None}
+    return slopes.combined(search, rules, told)
 
 
 def in_recipe(session: Session, row: Round, policy: RoundPolicy) -> Recipe:

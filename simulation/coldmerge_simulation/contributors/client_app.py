@@ -19,11 +19,11 @@ from threadpoolctl import threadpool_limits
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.documents import sign
-from coldmerge.core.errors import DataError
+from coldmerge.core.errors import ConfigError, DataError
 from coldmerge.core.extraction import Extraction, extract
 from coldmerge.rounds.policy import MergePolicy
 from coldmerge.rounds.statistics import statistics_for
-from coldmerge_client import papers
+from coldmerge_client import papers, slopes
 from coldmerge_client.papers import Addressed, Body
 from coldmerge_client.prepare import wanted
 from coldmerge_client.training.config import TrainConfig
@@ -292,6 +292,8 @@ def _evaluate(home: Home, values: Values) -> tuple[Values, Files]:
         home.folder / "cache",
         objective=values["objective"],
     )
+    if values.get("slopes"):
+        scores = replace(scores, slopes=_slopes(home, values, candidate))
     evaluation = papers.evaluation(
         addressed,
         candidate.digest,
@@ -301,6 +303,23 @@ def _evaluate(home: Home, values: Values) -> tuple[Values, Files]:
     )
     signed = sign(evaluation, derive.identity(int(values["seed"]), home.name))
     return {"signed": signed_values(signed)}, {}
+
+
+def _slopes(home: Home, values: Values, candidate: Body) -> dict[str, tuple[float, ...]]:
+    """What a probe asks for besides; nothing, where the trainer has none."""
+    start, *ends = [home.model(str(digest)).folder for digest in values["directions"]]
+    try:
+        return slopes.along(
+            home.config(values),
+            candidate,
+            slopes.Directions(start, tuple(ends)),
+            int(values["probe_seed"]),
+            home.folder / "cache",
+            objective=str(values["objective"]),
+            by_layer=values["slopes"] == "layer",
+        )
+    except ConfigError:
+        return {}
 
 
 app.query()(hello)

@@ -18,6 +18,7 @@ from typing import Any
 from coldmerge.core.documents import LEARN_COEFFICIENTS, LEAVE_ONE_OUT, Consent
 from coldmerge.core.errors import ColdmergeError
 from coldmerge.core.progress import Progress, silent
+from coldmerge.rounds import slopes
 from coldmerge.rounds.policy import RoundPolicy
 from coldmerge.rounds.state import State
 from coldmerge_coordinator.store import contributions, learned, rounds
@@ -162,9 +163,10 @@ class _Run:
     def _after_judging(self, row: Round) -> Round:
         """The round once the gate has decided, or the probe is measured: its model is done with."""
         candidate, probing = row.candidate_digest, self._objective(row) is not None
+        before = set(learned.directions_of(row))
         row = self.hub.close_judging(row.id)
-        if candidate is not None and probing and candidate != row.base_digest:
-            self._remove({candidate})
+        done_with = before | ({candidate} if candidate is not None and probing else set())
+        self._remove(done_with - {row.base_digest, *learned.directions_of(row)})
         return row
 
     def _come_back(self, row: Round, entry: _Entry) -> None:
@@ -313,17 +315,26 @@ class _Run:
         rules, search = rounds.get_policy(row).merge.coefficients, learned.search_of(row)
         return rules.objective if rules and search and not search.done else None
 
+    def _slopes(self, row: Round) -> str:
+        """What slopes are asked for of the candidate at hand: "", or of a task or layer."""
+        rules, search = rounds.get_policy(row).merge.coefficients, learned.search_of(row)
+        return slopes.asked(search, rules) if rules and search else ""
+
     def _judging(self, row: Round, number: int, names: tuple[str, ...]) -> Iterator[Order]:
         candidate, objective = row.candidate_digest or "", self._objective(row)
+        told = self._slopes(row)
+        directions = learned.directions_of(row) if told else ()
         for name in names:
             values = {
                 **self._about(row, number, name),
                 "candidate": candidate,
                 "objective": objective,
+                "slopes": told,
+                "directions": directions,
                 "probe_seed": row.probe_seed,
                 "now": self.hub.clock.now().isoformat(),
             }
-            yield self._order(EVALUATE, name, values, (row.base_digest, candidate))
+            yield self._order(EVALUATE, name, values, (row.base_digest, candidate, *directions))
 
     def _score(self, number: int) -> None:
         """Measure the latest release, if it is its turn and was not done."""
