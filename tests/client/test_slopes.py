@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coldmerge.core.documents import Scores
+from coldmerge.evaluation.metrics import PairedScores
 from coldmerge.wire.v1 import common_pb2
 from coldmerge_client import sent_log
 from coldmerge_client.contribute import Step, Terms
+from coldmerge_client.evaluate import leaving_scores
 from coldmerge_client.home import Home
 from coldmerge_client.policy import SendPolicy
 from coldmerge_client.session import Session
@@ -157,3 +160,17 @@ def test_the_lost_counts_for_little_though_the_coordinator_is_killed(
     assert all("We report no slopes" in text for text in told)
     assert not [step for step in a.steps if step.kind == "skipped"]
     assert not list(a.session.home.candidates("m").glob("?" * 64))[3:], "what is not needed goes"
+
+
+def test_who_approves_sees_every_slope() -> None:
+    half = Scores(accuracy=0.5, macro_f1=0.5)
+    slopes = {"layer.0": (0.5, -1.5), "layer.1": (0.0, 2.0)}
+    scores = PairedScores(4, half, half, 0, 0, {"base_loss": 1.0}, slopes)
+    numbers = leaving_scores(common_pb2.Round(model="m"), scores).numbers
+    assert numbers["slope_1.layer.0"] == -1.5
+    assert [numbers[key] for key in sorted(numbers) if key.startswith("slope_")] == [
+        0.5,
+        0.0,
+        -1.5,
+        2.0,
+    ]

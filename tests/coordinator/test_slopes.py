@@ -210,7 +210,13 @@ def test_what_slopes_are_told_along_stays_until_the_search_ends(bench: Bench) ->
 
 def test_slopes_of_something_else_are_refused_and_none_are_done_without(bench: Bench) -> None:
     round_id = a_round(bench)
-    for _ in range(4):
+    assert run_once(bench.store, bench.clock)
+    with pytest.raises(ManifestError, match=r"evaluation\.other_slopes") as caught:
+        report(bench, round_id, "a", 1.0, {"": (1.0, 2.0, 3.0)})
+    assert caught.value.expected == "none", "the first candidate is what slopes are told along"
+    for name in "abc":
+        report(bench, round_id, name, *measured(bench, round_id))
+    for _ in range(3):
         step(bench, round_id)
     assert run_once(bench.store, bench.clock)
     with pytest.raises(ManifestError, match=r"evaluation\.other_slopes") as caught:

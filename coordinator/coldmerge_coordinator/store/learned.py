@@ -107,12 +107,15 @@ def check_report(row: Round, policy: RoundPolicy, evaluation: Evaluation) -> Non
             "`loss` and `entropy` with its predictions.",
             round=row.id,
         )
-    if evaluation.slopes and slopes.reported(search, evaluation) is None:
+    wanted = slopes.asked(search, rules)
+    if evaluation.slopes and not (wanted and slopes.reported(search, evaluation)):
         raise ManifestError(
             "evaluation.other_slopes",
             f"The evaluation by {evaluation.contributor} has slopes along other directions than "
             "the round's.",
-            expected=f"{len(search.atoms)} slopes for each of {len(search.groups)} layers",
+            expected=f"{len(search.atoms)} slopes for each of {len(search.groups)} layers"
+            if wanted
+            else "none",
             got=", ".join(f"{len(v)} of {k or 'all'}" for k, v in evaluation.slopes.items())[:200],
             hint="Run the coordinator's version of coldmerge.",
             round=row.id,
