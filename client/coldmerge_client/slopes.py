@@ -15,7 +15,7 @@ import numpy as np
 
 from coldmerge.core.checkpoint import Checkpoint
 from coldmerge.core.documents import LARGEST_SLOPE
-from coldmerge.core.dtypes import FLOATS, Floats32, blocks
+from coldmerge.core.dtypes import FLOATS, Floats32, Floats64, blocks
 from coldmerge.core.errors import ConfigError, DataError
 from coldmerge.core.progress import Progress, silent
 from coldmerge.rounds.coefficients import group_of
@@ -64,7 +64,7 @@ def along(
 
 def inner_products(
     gradient: Mapping[str, Floats32], directions: Directions, config: TrainConfig
-) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
+) -> dict[str, Floats64]:
     """<gradient, end - start> for each direction, float64 [directions], by layer.
 
     Layers in which no direction goes anywhere are left out.
@@ -73,9 +73,7 @@ def inner_products(
         ConfigError: the gradient is of other tensors.
     """
     start, ends = Checkpoint.open(directions.start), [Checkpoint.open(e) for e in directions.ends]
-    found: dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]] = defaultdict(
-        lambda: np.zeros(len(ends))
-    )
+    found: dict[str, Floats64] = defaultdict(lambda: np.zeros(len(ends)))
     moved = set()
     for name, slope in sorted(gradient.items()):
         spec = start.tensors.get(name)

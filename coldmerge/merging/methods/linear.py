@@ -23,11 +23,6 @@ class Linear(Merger):
 
     normalize: bool = Field(default=True, description="Divide by the sum of the weights.")
 
-    @property
-    def linear(self) -> bool:
-        """Not where their sum divides."""
-        return not self.normalize
-
     def merge(self, block: Block, facts: Any) -> Floats32:
         """The average.
 
