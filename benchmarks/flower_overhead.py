@@ -63,9 +63,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Figures:
-    """All that was measured. `faster`: median of Flower's seconds over median of ours, and
-    `faster_published` over ours until the release is published; `memory`: our median peak over
-    Flower's.
+    """All that was measured, and medians over pairs of rounds, one of each after the other.
+
+    `faster`: Flower's seconds over ours, `faster_published`: over ours until the release is
+    published; `memory`: our peak over Flower's.
     """
 
     bytes: int
@@ -194,7 +195,8 @@ def measure(folder: Path, nbytes: int, clients: int, repeats: int, *, durable: b
 
 
 def figures_of(runs: list[Run], nbytes: int, clients: int, *, durable: bool) -> Figures:
-    """Medians and their ratios."""
+    """Medians, and those of the ratios of each pair."""
+    pairs = list(zip(runs[::2], runs[1::2], strict=True))
     medians = {
         system: {
             key: statistics.median(getattr(run, key) for run in runs if run.system == system)
@@ -208,9 +210,9 @@ def figures_of(runs: list[Run], nbytes: int, clients: int, *, durable: bool) -> 
         durable=durable,
         runs=runs,
         medians=medians,
-        faster=medians[FLOWER]["seconds"] / medians[OURS]["seconds"],
-        faster_published=medians[FLOWER]["seconds"] / medians[OURS]["published"],
-        memory=medians[OURS]["server_bytes"] / medians[FLOWER]["server_bytes"],
+        faster=statistics.median(theirs.seconds / our.seconds for theirs, our in pairs),
+        faster_published=statistics.median(theirs.seconds / our.published for theirs, our in pairs),
+        memory=statistics.median(our.server_bytes / theirs.server_bytes for theirs, our in pairs),
     )
 
 
@@ -239,7 +241,7 @@ def print_table(figures: Figures) -> None:
     print(
         f"{figures.bytes} bytes x {figures.clients} clients, medians: Flower "
         f"{flower['seconds']:.1f} s and {flower['server_bytes'] / 1e6:.0f} MB, coldmerge "
-        f"{ours['seconds']:.1f} s and {ours['server_bytes'] / 1e6:.0f} MB: "
+        f"{ours['seconds']:.1f} s and {ours['server_bytes'] / 1e6:.0f} MB; of each pair: "
         f"{figures.faster:.1f} times as fast, {figures.faster_published:.1f} times until "
         f"published, with {100 * figures.memory:.0f} % of the memory"
     )
