@@ -320,7 +320,7 @@ class _Loop:
         self.last = None
 
     def _scores(self, round_: common_pb2.Round) -> PairedScores | None:
-        """What we find; None: our trainer does not give the number that a probe is for."""
+        """What we find; None: our trainer lacks a probe's number, or the candidate is gone."""
         terms = self.terms
         try:
             scores = evaluate(self.session, round_, terms.config, progress=terms.progress)
@@ -328,6 +328,11 @@ class _Loop:
             if error.code != "training.no_number":
                 raise
             self._tell("skipped", f"We do not measure probes: {error.message}", round_)
+            return None
+        except NotFoundError:
+            if self._is_at_hand(round_):
+                raise
+            self._tell("skipped", "The gate had decided before we had the candidate", round_)
             return None
         return self._with_slopes(round_, scores) if round_.probe.slopes else scores
 
@@ -355,13 +360,17 @@ class _Loop:
         try:
             report(self.session, round_, scores)
         except (ConflictError, ManifestError):
-            now = self.session.round(round_.id)
-            if now.state == _State.CANDIDATE and _candidate_of(now) == _candidate_of(round_):
+            if self._is_at_hand(round_):
                 raise
             self._tell("skipped", "The gate had decided before our report", round_)
         else:
             change = 100 * (scores.candidate.accuracy - scores.base.accuracy)
             self._tell("evaluated", f"Accuracy {change:+.1f} points on {scores.n} items", round_)
+
+    def _is_at_hand(self, round_: common_pb2.Round) -> bool:
+        """Whether the candidate is still the one that is judged."""
+        now = self.session.round(round_.id)
+        return now.state == _State.CANDIDATE and _candidate_of(now) == _candidate_of(round_)
 
     def _judged(self) -> str | None:
         """The candidate we judged last. Two rounds on one release may make the same one."""

@@ -165,7 +165,7 @@ def test_without_consent_all_share_and_nothing_is_probed(
 def test_a_trainer_without_numbers_is_done_without(coordinator: Coordinator, members: Any) -> None:
     a, b = members("org-a", 1, AGREED), members("org-b", 2, AGREED)
     mute = members("org-c", 3, AGREED, silent=True)
-    learn(coordinator, a, b, mute, window="2s", probes=4)
+    learn(coordinator, a, b, mute, window="3s", probes=4)
     assert [one.state for one in mute.ended] == [common_pb2.Round.PUBLISHED]
     assert mute.kinds().count("evaluated") == 1
     assert "skipped" in mute.kinds()
