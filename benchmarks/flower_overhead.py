@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from tests.federation import Federation, environment
 MODEL = "large"
 FLOWER, OURS = "flower", "coldmerge"
 PATIENCE = 1800.0
+SAMPLE_SECONDS = 0.25
 _ENDED = frozenset(
     {common_pb2.Round.PUBLISHED, common_pb2.Round.REJECTED, common_pb2.Round.ABANDONED}
 )
@@ -178,20 +180,27 @@ def measure(folder: Path, nbytes: int, clients: int, repeats: int, *, durable: b
     with (
         Plain(folder / "flower", clients, durable) as plain,
         Ours(folder / "ours", clients, nbytes) as ours,
-        Sampler() as sampler,
     ):
-        sampler.watch_tree(FLOWER, plain.server)
-        sampler.watch_tree(OURS, ours.server)
         plain.rounds(nbytes, 1)
         ours.round()
         for _ in range(repeats):
-            sampler.take()
-            seconds = plain.rounds(nbytes, 2)[-1]
-            runs.append(Run(FLOWER, seconds, seconds, sampler.take()[FLOWER]))
-            published, everywhere = ours.round()
-            runs.append(Run(OURS, everywhere, published, sampler.take()[OURS]))
+            with _turn(FLOWER, plain.server) as sampler:
+                seconds = plain.rounds(nbytes, 2)[-1]
+                runs.append(Run(FLOWER, seconds, seconds, sampler.take()[FLOWER]))
+            with _turn(OURS, ours.server) as sampler:
+                published, everywhere = ours.round()
+                runs.append(Run(OURS, everywhere, published, sampler.take()[OURS]))
         ours.check(repeats + 1)
     return runs
+
+
+@contextmanager
+def _turn(system: str, server: int) -> Iterator[Sampler]:
+    """One system's turn: what the other one wrote is on the disk, and its memory is left alone."""
+    os.sync()
+    with Sampler(SAMPLE_SECONDS) as sampler:
+        sampler.watch_tree(system, server)
+        yield sampler
 
 
 def figures_of(runs: list[Run], nbytes: int, clients: int, *, durable: bool) -> Figures:
