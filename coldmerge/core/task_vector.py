@@ -125,18 +125,16 @@ class TaskVector:
 
     @cached_property
     def _entries(self) -> tuple[TensorEntry, ...]:
-        found = []
-        for spec in self.specs.values():
-            found.append(
-                TensorEntry(
-                    name=spec.name,
-                    dtype=spec.dtype,
-                    shape=spec.shape,
-                    sha256=self._hashes.get(spec.name) or self._sha256(spec),
-                    nbytes=spec.nbytes,
-                )
+        return tuple(
+            TensorEntry(
+                name=spec.name,
+                dtype=spec.dtype,
+                shape=spec.shape,
+                sha256=self._hashes.get(spec.name) or self._sha256(spec),
+                nbytes=spec.nbytes,
             )
-        return tuple(found)
+            for spec in self.specs.values()
+        )
 
     def difference(self, signed: Sequence[TensorEntry], advance: Advance) -> str | None:
         """What of the file is not as it was signed: the first thing, or None.

@@ -89,6 +89,7 @@ def test_the_log_of_a_process_that_fails_is_shown(
     assert processes_of(kept) == []
 
 
+@pytest.mark.slow
 def test_a_gate_that_rejects_leaves_the_release_and_measures_the_candidate(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from coldmerge.demo import digits
@@ -60,6 +61,7 @@ def training(org: Org) -> bool:
     return org.log.exists() and "Training on release 0" in org.log.read_text()
 
 
+@pytest.mark.slow
 def test_two_of_three_at_a_time_and_the_slow_one_counts_for_less(
     federation: Federation, tmp_path: Path
 ) -> None:
